@@ -1,0 +1,173 @@
+//! `pagekit._core`: the engine for Python. Registration and conversion only.
+//!
+//! Every call that can wait gives up the GIL; the engine's threads never take it.
+
+use std::path::PathBuf;
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+use pagekit::delivery::Delivery;
+use pagekit::error::Error;
+use pagekit::{server, template};
+use pyo3::exceptions::PyValueError;
+use pyo3::prelude::*;
+use pyo3::types::PyBytes;
+
+/// Userfaultfd as this process has it, found out once.
+fn delivery() -> Arc<Delivery> {
+    static DELIVERY: OnceLock<Arc<Delivery>> = OnceLock::new();
+    Arc::clone(DELIVERY.get_or_init(|| Arc::new(Delivery::probe())))
+}
+
+/// An error as the exception of `pagekit.errors` that stands for it.
+fn raised(py: Python<'_>, error: &Error) -> PyErr {
+    let class = match error {
+        Error::Usage { .. } => "UsageError",
+        Error::Unsupported { .. } => "Unsupported",
+        Error::Permission { .. } => "PermissionDenied",
+        Error::Kernel { .. } => "KernelError",
+        Error::Missing { .. } => "Missing",
+        Error::Unavailable { .. } => "Unavailable",
+        Error::Integrity { .. } => "IntegrityError",
+        Error::AddressInUse { .. } => "AddressInUse",
+    };
+    let build = || -> PyResult<PyErr> {
+        let class = py.import("pagekit.errors")?.getattr(class)?;
+        let arguments = pyo3::types::PyDict::new(py);
+        arguments.set_item("hint", error.hint())?;
+        Ok(PyErr::from_value(class.call((error.to_string(),), Some(&arguments))?))
+    };
+    build().unwrap_or_else(|failure| failure)
+}
+
+fn closed() -> PyErr {
+    PyValueError::new_err("it is closed")
+}
+
+#[pyclass(frozen, module = "pagekit._core")]
+struct Template(std::sync::Mutex<Option<Arc<template::Template>>>);
+
+impl Template {
+    fn get(&self) -> PyResult<Arc<template::Template>> {
+        let template = self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        template.clone().ok_or_else(closed)
+    }
+}
+
+#[pymethods]
+impl Template {
+    #[new]
+    fn new(py: Python<'_>, spec: &str, layers: Vec<String>, deadline: f64) -> PyResult<Template> {
+        let deadline = Duration::try_from_secs_f64(deadline)
+            .map_err(|error| PyValueError::new_err(format!("deadline: {error}")))?;
+        let opened = py.detach(|| template::Template::open(spec, &layers, &delivery(), deadline));
+        let template = opened.map_err(|error| raised(py, &error))?;
+        Ok(Template(std::sync::Mutex::new(Some(template))))
+    }
+
+    fn size(&self) -> PyResult<u64> {
+        Ok(self.get()?.size())
+    }
+
+    fn read<'py>(&self, py: Python<'py>, offset: u64, length: usize) -> PyResult<Bound<'py, PyBytes>> {
+        let template = self.get()?;
+        let fits = offset.checked_add(length as u64).is_some_and(|end| end <= template.size());
+        // Checked before a buffer of that length is made.
+        let mut buffer = vec![0; if fits { length } else { 0 }];
+        let outcome = py.detach(|| match fits {
+            true => template.read(offset, &mut buffer),
+            false => template.read(u64::MAX, &mut [0]),
+        });
+        outcome.map_err(|error| raised(py, &error))?;
+        Ok(PyBytes::new(py, &buffer))
+    }
+
+    fn load(&self, py: Python<'_>) -> PyResult<()> {
+        let template = self.get()?;
+        py.detach(|| template.load()).map_err(|error| raised(py, &error))
+    }
+
+    fn audit(&self, py: Python<'_>) -> PyResult<()> {
+        let template = self.get()?;
+        py.detach(|| template.audit()).map_err(|error| raised(py, &error))
+    }
+
+    fn statistics(&self) -> PyResult<String> {
+        Ok(serde_json::to_string(&self.get()?.statistics()).unwrap_or_default())
+    }
+
+    fn close(&self, py: Python<'_>) {
+        let template = self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take();
+        py.detach(|| drop(template));
+    }
+}
+
+#[pyclass(frozen, module = "pagekit._core")]
+struct Server(std::sync::Mutex<Option<Arc<server::Server>>>);
+
+impl Server {
+    fn get(&self) -> PyResult<Arc<server::Server>> {
+        let server = self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        server.clone().ok_or_else(closed)
+    }
+}
+
+#[pymethods]
+impl Server {
+    #[new]
+    fn new(py: Python<'_>, template: &Template, socket: PathBuf, backend: &str) -> PyResult<Server> {
+        let template = template.get()?;
+        let server = py
+            .detach(|| server::Server::start(template, delivery(), &socket, backend))
+            .map_err(|error| raised(py, &error))?;
+        Ok(Server(std::sync::Mutex::new(Some(Arc::new(server)))))
+    }
+
+    fn backend(&self) -> PyResult<(&'static str, String)> {
+        let server = self.get()?;
+        let (backend, reason) = server.backend();
+        Ok((backend, reason.to_owned()))
+    }
+
+    fn statistics(&self) -> PyResult<String> {
+        Ok(serde_json::to_string(&self.get()?.statistics()).unwrap_or_default())
+    }
+
+    fn wait_idle(&self, py: Python<'_>, seconds: f64) -> PyResult<bool> {
+        let time = Duration::try_from_secs_f64(seconds)
+            .map_err(|error| PyValueError::new_err(format!("timeout: {error}")))?;
+        let server = self.get()?;
+        Ok(py.detach(|| server.wait_idle(time)))
+    }
+
+    fn close(&self, py: Python<'_>) {
+        let server = self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take();
+        py.detach(|| {
+            if let Some(server) = server {
+                server.stop();
+            }
+        });
+    }
+}
+
+/// What userfaultfd can do here: (way or None, feature names, fork events, reason, hint).
+#[pyfunction]
+fn probe() -> (Option<&'static str>, Vec<String>, bool, Option<String>, Option<String>) {
+    let delivery = Delivery::probe();
+    let refusal = delivery.check().err();
+    (
+        delivery.way(),
+        delivery.features().names(),
+        delivery.fork_events(),
+        refusal.as_ref().map(ToString::to_string),
+        refusal.as_ref().and_then(|error| error.hint().map(str::to_owned)),
+    )
+}
+
+#[pymodule]
+fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    module.add_class::<Template>()?;
+    module.add_class::<Server>()?;
+    module.add_function(wrap_pyfunction!(probe, module)?)?;
+    Ok(())
+}

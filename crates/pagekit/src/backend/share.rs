@@ -1,0 +1,31 @@
+//! `share`: the target maps the template's file privately; a published page only needs a wake-up.
+//!
+//! The region is registered MISSING and nothing else. That mode traps where the *file* has a hole,
+//! so a page that any fork brought never traps again in another one, and the kernel's fault-around
+//! maps its neighbours along (MINOR and WP registrations would turn that off).
+
+use uffd::Userfaultfd;
+
+use super::{Backend, Resolution};
+use crate::page::Run;
+use crate::template::cache_file::CacheFile;
+
+/// The backend.
+#[derive(Debug)]
+pub struct Share;
+
+impl Backend for Share {
+    fn name(&self) -> &'static str {
+        "share"
+    }
+
+    fn resolve(&self, uffd: &Userfaultfd, _cache: &CacheFile, address: u64, run: Run) -> Resolution {
+        // No error says that the target is gone: a wake-up of nobody succeeds.
+        match uffd.wake(address, run.bytes()) {
+            Ok(()) => Resolution::Shared,
+            Err(error) => Resolution::Refused(
+                uffd::Errno::from_io_error(&error).unwrap_or(uffd::Errno::INVAL),
+            ),
+        }
+    }
+}

@@ -1,0 +1,253 @@
+//! The event loop.
+//!
+//! Some facts about userfaultfd:
+//! - `read` hands out page faults *before* other events: a fault just read may be the consequence of
+//!   a removal that was not read yet.
+//! - The thread that caused an event (fork, mremap, madvise, munmap) waits until it is read. While
+//!   it has not run again, every fill of that process answers EAGAIN, for milliseconds.
+//! - A fault is delivered once.
+//! - On a halted virtual CPU a wake-up costs 40 µs and more; a thread that is polling costs none.
+//!
+//! What that means for us:
+//! - Drain everything that is pending, apply events to the region map, then serve the faults. The
+//!   target's lock is held from before the read until the events are applied, so that no worker
+//!   installs a page in between that was just removed.
+//! - A refused fault goes to the target's deferred queue, and is tried again when events were read
+//!   *and* on a timer that starts small: neither alone is enough.
+//! - After a fault, keep looking at that target for a little while, about as long as a wake-up would
+//!   cost, longer where that succeeds. Between faults the loop sleeps: an idle server costs nothing.
+
+use std::mem::MaybeUninit;
+use std::sync::atomic::Ordering::Relaxed;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use rustix::event::epoll::{self, Event as EpollEvent};
+use rustix::event::Timespec;
+use rustix::io::Errno;
+use uffd::{Event, MessageBuffer};
+
+use super::target::{NewTarget, Target};
+use super::region::RegionMap;
+use super::{after, Fault, Shared, TargetId, Token};
+
+/// Messages read at once: a read costs a system call, a message 32 bytes.
+const MESSAGES: usize = 64;
+/// Polling after a fault lasts between these; each miss halves the time, each hit doubles it.
+const SHORTEST_POLL: Duration = Duration::from_micros(10);
+const LONGEST_POLL: Duration = Duration::from_micros(200);
+/// While polling for one target, see so often whether others wait.
+const LOOK_AROUND: Duration = Duration::from_micros(500);
+/// Exit and exec of a process without pidfd announce nothing: ask so often.
+const LIFE_SIGN: Duration = Duration::from_secs(1);
+
+pub(super) fn run(shared: &Arc<Shared>) {
+    let mut state = Loop {
+        shared,
+        messages: MessageBuffer::new(MESSAGES),
+        poll: SHORTEST_POLL,
+        next_life_sign: after(LIFE_SIGN),
+    };
+    let mut ready: Vec<EpollEvent> = Vec::with_capacity(MESSAGES);
+    let mut due = None;
+    while !shared.stopped.load(Relaxed) {
+        ready.clear();
+        state.wait(&mut ready, due);
+        let mut hot = state.handle(&ready);
+        due = state.retry_deferred();
+        if let (Some(target), None) = (hot.pop(), hot.pop()) {
+            // Only one target is busy: polling for several would take the CPU they need.
+            state.keep_polling(&target);
+        }
+        state.look_for_life();
+    }
+}
+
+struct Loop<'a> {
+    shared: &'a Arc<Shared>,
+    messages: MessageBuffer,
+    poll: Duration,
+    next_life_sign: Instant,
+}
+
+impl Loop<'_> {
+    fn wait(&self, ready: &mut Vec<EpollEvent>, due: Option<Instant>) {
+        let mut until = due;
+        if !self.shared.targets().is_empty() {
+            until = Some(until.map_or(self.next_life_sign, |due| due.min(self.next_life_sign)));
+        }
+        let timeout = until.map(|until| {
+            let left = until.saturating_duration_since(Instant::now());
+            Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() }
+        });
+        match epoll::wait(&self.shared.epoll, rustix::buffer::spare_capacity(ready), timeout.as_ref()) {
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(errno) => {
+                // The set is ours and valid; should it ever fail, do not turn that into a busy loop.
+                self.shared.report(&format!("the event loop cannot wait: {errno}"));
+                std::thread::sleep(Duration::from_millis(10));
+            }
+        }
+    }
+
+    /// Handles what is ready, and returns the targets that had faults.
+    fn handle(&mut self, ready: &[EpollEvent]) -> Vec<Arc<Target>> {
+        let mut hot = Vec::new();
+        for event in ready {
+            match Token::decode(event.data) {
+                Token::Poke => {
+                    let _ = rustix::io::read(&self.shared.poke, &mut [0; 8][..]);
+                }
+                Token::Exit(id) => self.shared.forget(id),
+                Token::Events(id) => {
+                    if let Some(target) = self.find(id) {
+                        if self.drain(&target) {
+                            hot.push(target);
+                        }
+                    }
+                }
+            }
+        }
+        hot
+    }
+
+    fn find(&self, id: TargetId) -> Option<Arc<Target>> {
+        self.shared.targets().get(&id).cloned()
+    }
+
+    /// Reads everything pending, applies events, then serves faults. Says whether there were any.
+    fn drain(&mut self, target: &Arc<Target>) -> bool {
+        let mut faults: Vec<u64> = Vec::new();
+        let mut children = Vec::new();
+        let mut events = false;
+        let mut state = target.state();
+        loop {
+            let mut read = 0;
+            match target.uffd.read_events(&mut self.messages) {
+                Err(error) => {
+                    drop(state);
+                    let message = format!("target {}: cannot read its events: {error}", target.id);
+                    self.shared.report(&message);
+                    self.shared.forget(target.id);
+                    return false;
+                }
+                Ok(messages) => {
+                    for event in messages {
+                        read += 1;
+                        match event {
+                            Event::Fault { address, .. } => {
+                                faults.push(address);
+                                continue;
+                            }
+                            Event::Remove { start, end } => state.regions.remove(start, end),
+                            Event::Unmap { start, end } => state.regions.unmap(start, end),
+                            Event::Remap { from, to, len } => state.regions.remap(from, to, len),
+                            // The child has what the parent has at this moment.
+                            Event::Fork(uffd) => children.push((uffd, state.regions.clone())),
+                            Event::Unknown(code) => {
+                                self.shared.report(&format!("unknown userfaultfd event {code:#x}"));
+                            }
+                        }
+                        events = true;
+                    }
+                }
+            }
+            if read < MESSAGES {
+                break;
+            }
+        }
+        drop(state);
+        let now = Instant::now();
+        for (uffd, regions) in children {
+            self.adopt(target, uffd, regions);
+        }
+        self.shared.faults.fetch_add(faults.len() as u64, Relaxed);
+        target.faults.fetch_add(faults.len() as u64, Relaxed);
+        let any = !faults.is_empty();
+        for address in faults {
+            target.serve(self.shared, Fault::new(address, now));
+        }
+        if events {
+            target.hasten(now);
+        }
+        any
+    }
+
+    fn adopt(&self, parent: &Arc<Target>, uffd: uffd::Userfaultfd, regions: RegionMap) {
+        let child = NewTarget {
+            uffd,
+            process: None,
+            template: Arc::clone(&parent.template),
+            backend: Arc::clone(&parent.backend),
+            regions,
+            beacon: parent.beacon,
+        };
+        if let Err(error) = self.shared.add(Some(parent.id), child) {
+            let message = format!("a child of target {} cannot be served: {error}", parent.id);
+            self.shared.report(&message);
+        }
+    }
+
+    /// Tries deferred faults again, and says when the next one is due.
+    fn retry_deferred(&self) -> Option<Instant> {
+        let targets: Vec<_> = self.shared.targets().values().cloned().collect();
+        let mut next: Option<Instant> = None;
+        for target in targets {
+            for fault in target.take_due(Instant::now()) {
+                target.serve(self.shared, fault);
+            }
+            next = [next, target.next_due()].into_iter().flatten().min();
+        }
+        next
+    }
+
+    /// Looks at one target again and again for a while, which saves the wake-up of its next fault.
+    /// Gives up the moment anybody else wants something.
+    fn keep_polling(&mut self, target: &Arc<Target>) {
+        let mut until = after(self.poll);
+        let mut look_around = after(LOOK_AROUND);
+        let mut hits = 0;
+        while Instant::now() < until && !self.shared.stopped.load(Relaxed) {
+            if Instant::now() > look_around {
+                if self.others_wait() {
+                    break;
+                }
+                look_around = after(LOOK_AROUND);
+            }
+            if self.drain(target) {
+                hits += 1;
+                until = after(self.poll);
+            } else {
+                // The target may need this very CPU to get to its next fault.
+                std::thread::yield_now();
+            }
+        }
+        self.poll = match hits {
+            0 => (self.poll / 2).max(SHORTEST_POLL),
+            _ => (self.poll * 2).min(LONGEST_POLL),
+        };
+    }
+
+    /// Whether any descriptor is ready, or a deferred fault due.
+    fn others_wait(&self) -> bool {
+        let mut ready = [const { MaybeUninit::uninit() }; 1];
+        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+        let (ready, _) = match epoll::wait(&self.shared.epoll, &mut ready, Some(&now)) {
+            Ok(ready) => ready,
+            Err(_) => return true,
+        };
+        !ready.is_empty() || self.shared.targets().values().any(|target| target.next_due().is_some())
+    }
+
+    /// Forgets targets whose address space is gone without a word.
+    fn look_for_life(&mut self) {
+        if Instant::now() < self.next_life_sign {
+            return;
+        }
+        self.next_life_sign = after(LIFE_SIGN);
+        let targets: Vec<_> = self.shared.targets().values().cloned().collect();
+        for target in targets.iter().filter(|target| !target.is_alive()) {
+            self.shared.forget(target.id);
+        }
+    }
+}

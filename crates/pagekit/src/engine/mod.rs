@@ -1,0 +1,300 @@
+//! The engine: one loop that reads the events of all targets, and threads that wait for sources.
+//!
+//! ```text
+//!   userfaultfd ─► event loop ──► region map ──► template ── absent ──► fetch now, or on a worker
+//!                   │  ▲             │               │                        │
+//!                   │  └ deferred ◄──┤ removed: zero │ present                │ waiters
+//!                   │     (refused)  │               ▼                        │
+//!                   └─ apply events  └──────────► backend ◄───────────────────┘
+//! ```
+//!
+//! The loop never waits for a source. A page that is in the template, or whose source answers at
+//! once, is resolved on the loop's own thread: a second thread would cost a wake-up of tens of
+//! microseconds. Everything else goes to [`workers`], and whoever ends a fetch serves its waiters.
+
+mod event_loop;
+mod outcome;
+pub mod region;
+mod target;
+mod workers;
+
+use std::collections::HashMap;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use rustix::event::epoll::{self, EventData, EventFlags};
+use rustix::event::{eventfd, EventfdFlags};
+
+use crate::error::{Error, Result};
+pub use outcome::{Histogram, Outcome, Outcomes};
+use target::Fault;
+pub use target::{NewTarget, Target, TargetId};
+use workers::Workers;
+
+/// What a server counts, for people and machines.
+#[derive(Debug, serde::Serialize)]
+pub struct Statistics {
+    /// Faults read from targets; each ends in one outcome.
+    pub demand_faults: u64,
+    /// How they ended.
+    pub outcomes: Arc<Outcomes>,
+    /// The targets that live.
+    pub targets: Vec<TargetStatistics>,
+    /// Targets that there have been.
+    pub targets_ever: u64,
+    /// The last things that went wrong, oldest first.
+    pub reports: Vec<String>,
+}
+
+/// What is counted of one target.
+#[derive(Debug, serde::Serialize)]
+pub struct TargetStatistics {
+    /// Its number.
+    pub id: TargetId,
+    /// Its parent target.
+    pub parent: Option<TargetId>,
+    /// Its process, where known.
+    pub pid: Option<i32>,
+    /// Its backend.
+    pub backend: &'static str,
+    /// Faults read from it.
+    pub faults: u64,
+}
+
+/// The engine. Dropping it stops it.
+#[derive(Debug)]
+pub struct Engine {
+    shared: Arc<Shared>,
+    loop_thread: Mutex<Option<JoinHandle<()>>>,
+}
+
+/// What the loop, the workers and the handle share.
+#[derive(Debug)]
+pub(crate) struct Shared {
+    epoll: OwnedFd,
+    /// Wakes the loop.
+    poke: OwnedFd,
+    targets: Mutex<HashMap<TargetId, Arc<Target>>>,
+    fewer_targets: Condvar,
+    ever: AtomicU64,
+    faults: AtomicU64,
+    outcomes: Arc<Outcomes>,
+    reports: Mutex<Vec<String>>,
+    workers: Workers,
+    stopped: AtomicBool,
+}
+
+/// How many reports are kept.
+const REPORTS: usize = 20;
+
+/// What an epoll event is about, in 64 bits: a target's number, and which of its descriptors.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Token {
+    Poke,
+    Events(TargetId),
+    Exit(TargetId),
+}
+
+impl Token {
+    fn encode(self) -> EventData {
+        EventData::new_u64(match self {
+            Token::Poke => 0,
+            Token::Events(id) => id << 1,
+            Token::Exit(id) => id << 1 | 1,
+        })
+    }
+
+    fn decode(data: EventData) -> Token {
+        match (data.u64() >> 1, data.u64() & 1) {
+            (0, _) => Token::Poke,
+            (id, 0) => Token::Events(id),
+            (id, _) => Token::Exit(id),
+        }
+    }
+}
+
+impl Engine {
+    /// Starts the loop and the workers.
+    ///
+    /// # Errors
+    /// `Kernel` when threads or descriptors run out.
+    pub fn start() -> Result<Engine> {
+        let failed = |error: io::Error| Error::kernel("cannot start the engine", error);
+        let create = || -> io::Result<Shared> {
+            let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
+            let poke = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+            epoll::add(&epoll, &poke, Token::Poke.encode(), EventFlags::IN)?;
+            Ok(Shared {
+                epoll,
+                poke,
+                targets: Mutex::default(),
+                fewer_targets: Condvar::new(),
+                ever: AtomicU64::new(0),
+                faults: AtomicU64::new(0),
+                outcomes: Arc::default(),
+                reports: Mutex::default(),
+                workers: Workers::start()?,
+                stopped: AtomicBool::new(false),
+            })
+        };
+        let shared = Arc::new(create().map_err(failed)?);
+        let for_loop = Arc::clone(&shared);
+        let loop_thread = crate::thread::spawn("pk-loop", move || event_loop::run(&for_loop)).map_err(failed)?;
+        Ok(Engine { shared, loop_thread: Mutex::new(Some(loop_thread)) })
+    }
+
+    /// Serves a target from now on, until its process or address space ends.
+    ///
+    /// # Errors
+    /// `Kernel` when its descriptors cannot be watched.
+    pub fn add(&self, new: NewTarget) -> Result<Arc<Target>> {
+        self.shared
+            .add(None, new)
+            .map_err(|error| Error::kernel("cannot watch a target's descriptors", error))
+    }
+
+    /// A living target.
+    pub fn target(&self, id: TargetId) -> Option<Arc<Target>> {
+        self.shared.targets().get(&id).cloned()
+    }
+
+    /// Tells which process a forked child is; false if the target is gone or known already.
+    pub fn identify(&self, id: TargetId, pid: i32, pidfd: OwnedFd) -> bool {
+        let Some(target) = self.target(id) else { return false };
+        target.identify(pid, pidfd) && self.shared.watch_exit(&target).is_ok()
+    }
+
+    /// Stops serving a target whose process is known to be gone.
+    pub fn forget(&self, id: TargetId) {
+        self.shared.forget(id);
+    }
+
+    /// How many targets live.
+    pub fn targets(&self) -> usize {
+        self.shared.targets().len()
+    }
+
+    /// Waits until no target lives, or the time is over; says whether none does.
+    pub fn wait_idle(&self, time: Duration) -> bool {
+        let targets = self.shared.targets();
+        let (targets, _) = self
+            .shared
+            .fewer_targets
+            .wait_timeout_while(targets, time, |targets| !targets.is_empty())
+            .unwrap_or_else(PoisonError::into_inner);
+        targets.is_empty()
+    }
+
+    /// Counters, now.
+    pub fn statistics(&self) -> Statistics {
+        let mut targets: Vec<_> = self
+            .shared
+            .targets()
+            .values()
+            .map(|target| TargetStatistics {
+                id: target.id,
+                parent: target.parent,
+                pid: target.pid(),
+                backend: target.backend.name(),
+                faults: target.faults.load(Relaxed),
+            })
+            .collect();
+        targets.sort_by_key(|target| target.id);
+        Statistics {
+            demand_faults: self.shared.faults.load(Relaxed),
+            outcomes: Arc::clone(&self.shared.outcomes),
+            targets,
+            targets_ever: self.shared.ever.load(Relaxed),
+            reports: self.shared.reports.lock().unwrap_or_else(PoisonError::into_inner).clone(),
+        }
+    }
+
+    /// Ends the threads. Targets that still live are not served any more; their clients must have
+    /// been told before.
+    pub fn stop(&self) {
+        self.shared.stopped.store(true, Relaxed);
+        self.shared.poke();
+        let thread = self.loop_thread.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(thread) = thread {
+            // The loop reports its own panics; there is nothing left to learn from it.
+            let _ = thread.join();
+        }
+        self.shared.workers.stop();
+        self.shared.targets().clear();
+        self.shared.fewer_targets.notify_all();
+    }
+}
+
+impl Drop for Engine {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+impl Shared {
+    fn add(&self, parent: Option<TargetId>, new: NewTarget) -> io::Result<Arc<Target>> {
+        let id = self.ever.fetch_add(1, Relaxed) + 1;
+        let target = Arc::new(Target::new(id, parent, new));
+        // Listed before it is watched: an event of an unknown target would be lost.
+        self.targets().insert(id, Arc::clone(&target));
+        let watch = || -> io::Result<()> {
+            epoll::add(&self.epoll, &target.uffd, Token::Events(id).encode(), EventFlags::IN)?;
+            self.watch_exit(&target)
+        };
+        if let Err(error) = watch() {
+            self.forget(id);
+            return Err(error);
+        }
+        Ok(target)
+    }
+
+    fn watch_exit(&self, target: &Target) -> io::Result<()> {
+        if let Some(pidfd) = target.pidfd() {
+            epoll::add(&self.epoll, pidfd, Token::Exit(target.id).encode(), EventFlags::IN)?;
+        }
+        Ok(())
+    }
+
+    fn targets(&self) -> MutexGuard<'_, HashMap<TargetId, Arc<Target>>> {
+        self.targets.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn forget(&self, id: TargetId) {
+        let Some(target) = self.targets().remove(&id) else { return };
+        // Fails only if it was never added.
+        let _ = epoll::delete(&self.epoll, target.uffd.as_fd());
+        if let Some(pidfd) = target.pidfd() {
+            let _ = epoll::delete(&self.epoll, pidfd);
+        }
+        self.fewer_targets.notify_all();
+    }
+
+    fn count(&self, outcome: Outcome, fault: &Fault) {
+        self.outcomes.count(outcome, fault.born.elapsed());
+    }
+
+    /// Wakes the loop, so that it looks at the deferred faults again.
+    fn poke(&self) {
+        // Full means that it is awake already.
+        let _ = rustix::io::write(&self.poke, &1u64.to_ne_bytes());
+    }
+
+    /// Says on stderr what went wrong, and keeps it for the statistics.
+    fn report(&self, message: &str) {
+        eprintln!("pagekit: {message}");
+        let mut reports = self.reports.lock().unwrap_or_else(PoisonError::into_inner);
+        if reports.len() == REPORTS {
+            reports.remove(0);
+        }
+        reports.push(message.to_owned());
+    }
+}
+
+/// The moment after `time`, for comparing with deadlines.
+fn after(time: Duration) -> Instant {
+    Instant::now() + time
+}

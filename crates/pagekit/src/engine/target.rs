@@ -1,0 +1,385 @@
+//! One target: a process whose faults are served, and everything that is known of it.
+
+use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use rustix::process::{pidfd_send_signal, Signal};
+use uffd::{Errno, Userfaultfd};
+
+use super::outcome::Outcome;
+use super::region::{Belongs, RegionMap};
+use super::Shared;
+use crate::backend::{self, Backend, Resolution};
+use crate::error::Error;
+use crate::page::{Run, PAGE};
+use crate::template::{Template, Waiter, Want};
+
+/// Number of a target, never used twice by a server.
+pub type TargetId = u64;
+
+/// Pages handled together when accesses look random.
+const SHORTEST_WINDOW: u64 = 16;
+/// Pages handled together when accesses are sequential: 1 MiB.
+const LONGEST_WINDOW: u64 = 256;
+/// How long a fault may be refused by the kernel before it is given up.
+const REFUSAL_DEADLINE: Duration = Duration::from_secs(10);
+
+/// A process whose faults are served.
+#[derive(Debug)]
+pub struct Target {
+    /// Its number.
+    pub id: TargetId,
+    /// Its parent, if it came by a fork of a target.
+    pub parent: Option<TargetId>,
+    /// The process, where known: a forked child tells when it says hello.
+    process: Mutex<Option<Process>>,
+    pub(super) uffd: Userfaultfd,
+    pub(super) template: Arc<Template>,
+    pub(super) backend: Arc<dyn Backend>,
+    /// A page of the target that is answered with the target's number; see [`crate::client::shim`].
+    pub(super) beacon: Option<u64>,
+    /// Taken before events are read and until they are applied, and around every install: a page
+    /// that was removed can never be filled again by somebody who looked before.
+    state: Mutex<State>,
+    /// Faults that the kernel refused for now.
+    deferred: Mutex<Vec<Fault>>,
+    pub(super) faults: AtomicU64,
+    gone: AtomicBool,
+}
+
+#[derive(Debug)]
+struct Process {
+    pid: i32,
+    pidfd: Arc<OwnedFd>,
+}
+
+/// The part of a target that events change.
+#[derive(Debug)]
+pub(super) struct State {
+    pub(super) regions: RegionMap,
+    stream: Stream,
+}
+
+/// Whether the target reads on where it left off.
+#[derive(Debug, Clone, Copy)]
+struct Stream {
+    next: u64,
+    window: u64,
+}
+
+impl Stream {
+    /// How many pages to handle with `page`.
+    fn window(&mut self, page: u64) -> u64 {
+        self.window = match page == self.next {
+            true => (self.window * 2).min(LONGEST_WINDOW),
+            false => SHORTEST_WINDOW,
+        };
+        self.window
+    }
+}
+
+/// A fault on its way.
+#[derive(Debug, Clone)]
+pub(super) struct Fault {
+    pub(super) address: u64,
+    /// When it was read.
+    pub(super) born: Instant,
+    attempts: u32,
+    /// Not before this moment again.
+    pub(super) due: Instant,
+    /// Why its page cannot be had, if so.
+    failure: Option<Arc<Error>>,
+    /// The window chosen for it, once chosen.
+    window: u64,
+}
+
+impl Fault {
+    pub(super) fn new(address: u64, born: Instant) -> Fault {
+        Fault {
+            address: address & !(PAGE - 1),
+            born,
+            attempts: 0,
+            due: born,
+            failure: None,
+            window: 0,
+        }
+    }
+}
+
+/// What a client brings to make a target.
+#[derive(Debug)]
+pub struct NewTarget {
+    /// Negotiated, and registered or about to be.
+    pub uffd: Userfaultfd,
+    /// The process and its pidfd, where known.
+    pub process: Option<(i32, OwnedFd)>,
+    /// Where its memory comes from.
+    pub template: Arc<Template>,
+    /// How bytes get there.
+    pub backend: Arc<dyn Backend>,
+    /// Which page of the template belongs where.
+    pub regions: RegionMap,
+    /// A registered page to be answered with the target's number.
+    pub beacon: Option<u64>,
+}
+
+impl Target {
+    pub(super) fn new(id: TargetId, parent: Option<TargetId>, new: NewTarget) -> Target {
+        let process = new.process.map(|(pid, pidfd)| Process { pid, pidfd: Arc::new(pidfd) });
+        Target {
+            id,
+            parent,
+            process: Mutex::new(process),
+            uffd: new.uffd,
+            template: new.template,
+            backend: new.backend,
+            beacon: new.beacon,
+            state: Mutex::new(State {
+                regions: new.regions,
+                stream: Stream { next: u64::MAX, window: SHORTEST_WINDOW },
+            }),
+            deferred: Mutex::new(Vec::new()),
+            faults: AtomicU64::new(0),
+            gone: AtomicBool::new(false),
+        }
+    }
+
+    /// The process id, where known.
+    pub fn pid(&self) -> Option<i32> {
+        lock(&self.process).as_ref().map(|process| process.pid)
+    }
+
+    /// Another descriptor of the target's userfaultfd, for whoever must hold one.
+    pub fn dup_uffd(&self) -> std::io::Result<Userfaultfd> {
+        self.uffd.try_clone()
+    }
+
+    pub(super) fn pidfd(&self) -> Option<Arc<OwnedFd>> {
+        lock(&self.process).as_ref().map(|process| Arc::clone(&process.pidfd))
+    }
+
+    /// Tells which process it is; false if that is known already.
+    pub(super) fn identify(&self, pid: i32, pidfd: OwnedFd) -> bool {
+        let mut process = lock(&self.process);
+        if process.is_some() {
+            return false;
+        }
+        *process = Some(Process { pid, pidfd: Arc::new(pidfd) });
+        true
+    }
+
+    pub(super) fn state(&self) -> MutexGuard<'_, State> {
+        lock(&self.state)
+    }
+
+    /// Whether its address space still exists.
+    pub(super) fn is_alive(&self) -> bool {
+        let address = self.state().regions.any_address().or(self.beacon);
+        !self.gone.load(Relaxed) && address.is_some_and(|address| self.uffd.is_alive(address))
+    }
+
+    /// Takes the deferred faults that are due.
+    pub(super) fn take_due(&self, now: Instant) -> Vec<Fault> {
+        let mut deferred = lock(&self.deferred);
+        let (due, later) =
+            std::mem::take(&mut *deferred).into_iter().partition(|fault| fault.due <= now);
+        *deferred = later;
+        due
+    }
+
+    /// When the next deferred fault is due.
+    pub(super) fn next_due(&self) -> Option<Instant> {
+        lock(&self.deferred).iter().map(|fault| fault.due).min()
+    }
+
+    /// Makes all deferred faults due: events were read, so the kernel may accept fills now.
+    pub(super) fn hasten(&self, now: Instant) {
+        lock(&self.deferred).iter_mut().for_each(|fault| fault.due = now);
+    }
+
+    /// Serves one fault as far as that is possible without waiting. Called by the event loop, and
+    /// again by whoever ends a fetch. Re-entrant: it decides everything anew.
+    pub(super) fn serve(self: &Arc<Self>, shared: &Arc<Shared>, mut fault: Fault) {
+        if let Some(error) = fault.failure.clone() {
+            return self.give_up(shared, fault, error);
+        }
+        if self.beacon == Some(fault.address) {
+            return self.answer_beacon(shared, fault);
+        }
+        let mut state = self.state();
+        let Some(place) = state.regions.find(fault.address) else {
+            // Unmapped since; whoever waits there shall look again.
+            let _ = self.uffd.wake(fault.address, PAGE);
+            return shared.count(Outcome::Abandoned, &fault);
+        };
+        let resolution = match place.belongs {
+            Belongs::Zero => self.zero(fault.address, place.bytes),
+            Belongs::Template(page) => {
+                if let Err(error) = self.template.check() {
+                    drop(state);
+                    return self.give_up(shared, fault, error);
+                }
+                if fault.window == 0 {
+                    fault.window = state.stream.window(page);
+                }
+                match self.template.want(page, fault.window, || self.waiter(shared, &fault)) {
+                    Want::Here => {
+                        let wanted = Run { start: page, pages: fault.window.min(place.bytes / PAGE) };
+                        let run = self.template.present_from(wanted);
+                        state.stream.next = run.end();
+                        self.install(fault.address, run)
+                    }
+                    Want::Zero(zero) => {
+                        let bytes = Run::between(page, zero.end()).bytes();
+                        self.zero(fault.address, place.bytes.min(bytes))
+                    }
+                    Want::Waiting => return,
+                    Want::Fetch(fetch) => {
+                        // Ending a fetch serves its waiters, us included: not under the lock.
+                        drop(state);
+                        if let Some(fetch) = fetch.now() {
+                            shared.workers.submit(fetch);
+                        }
+                        return;
+                    }
+                }
+            }
+        };
+        drop(state);
+        self.settle(shared, fault, resolution);
+    }
+
+    fn waiter(self: &Arc<Self>, shared: &Arc<Shared>, fault: &Fault) -> Waiter {
+        let (target, shared, mut fault) = (Arc::clone(self), Arc::clone(shared), fault.clone());
+        Box::new(move |outcome| {
+            fault.failure = outcome.as_ref().err().map(Arc::clone);
+            target.serve(&shared, fault);
+        })
+    }
+
+    fn install(&self, address: u64, run: Run) -> Resolution {
+        let cache = self.template.cache();
+        match self.backend.resolve(&self.uffd, cache, address, run) {
+            // Perhaps the run crosses a border that the target made (mprotect): one page cannot.
+            Resolution::NotCovered if run.pages > 1 => {
+                self.backend.resolve(&self.uffd, cache, address, Run { pages: 1, ..run })
+            }
+            resolution => resolution,
+        }
+    }
+
+    fn zero(&self, address: u64, bytes: u64) -> Resolution {
+        match backend::zero(&self.uffd, address, bytes.min(LONGEST_WINDOW * PAGE)) {
+            Resolution::NotCovered if bytes > PAGE => backend::zero(&self.uffd, address, PAGE),
+            resolution => resolution,
+        }
+    }
+
+    fn settle(self: &Arc<Self>, shared: &Arc<Shared>, mut fault: Fault, resolution: Resolution) {
+        let outcome = match resolution {
+            Resolution::Copied => Outcome::Copied,
+            Resolution::Shared => Outcome::Shared,
+            Resolution::Zeroed => Outcome::Zeroed,
+            Resolution::Woken => Outcome::Woken,
+            Resolution::NotCovered => {
+                let _ = self.uffd.wake(fault.address, PAGE);
+                Outcome::Abandoned
+            }
+            Resolution::Gone => {
+                self.gone.store(true, Relaxed);
+                shared.forget(self.id);
+                Outcome::Abandoned
+            }
+            Resolution::Blocked | Resolution::Refused(_) => {
+                if fault.born.elapsed() < REFUSAL_DEADLINE {
+                    return self.defer(shared, fault);
+                }
+                let errno = match resolution {
+                    Resolution::Refused(errno) => errno,
+                    _ => Errno::AGAIN,
+                };
+                let error = Error::kernel("the kernel refuses to fill a page", errno);
+                if fault.failure.is_some() {
+                    // Neither filled nor poisoned: what is left is to end the target.
+                    return self.kill(shared, &fault, &error);
+                }
+                fault.failure = Some(Arc::new(error));
+                return self.serve(shared, fault);
+            }
+        };
+        shared.count(outcome, &fault);
+    }
+
+    /// Puts a fault aside. The kernel refuses until the thread that caused an event has run again:
+    /// milliseconds, so the pause starts small and doubles.
+    fn defer(&self, shared: &Shared, mut fault: Fault) {
+        fault.due = Instant::now() + Duration::from_micros(100 << fault.attempts.min(6));
+        fault.attempts += 1;
+        lock(&self.deferred).push(fault);
+        shared.poke();
+    }
+
+    /// The page cannot be had. The target must neither read zeros nor wait for ever: the page is
+    /// poisoned, or, where the kernel cannot do that, the target is killed.
+    fn give_up(self: &Arc<Self>, shared: &Arc<Shared>, mut fault: Fault, error: Arc<Error>) {
+        let progress = self.uffd.poison(fault.address, PAGE);
+        let resolution = match progress.errno {
+            None => {
+                self.report(shared, &fault, &error, "poisoned: touching it raises SIGBUS");
+                return shared.count(Outcome::Poisoned, &fault);
+            }
+            Some(Errno::EXIST) => {
+                let _ = self.uffd.wake(fault.address, PAGE);
+                return shared.count(Outcome::Woken, &fault);
+            }
+            Some(Errno::NOENT) => Resolution::NotCovered,
+            Some(Errno::SRCH) => Resolution::Gone,
+            Some(Errno::AGAIN) => Resolution::Blocked,
+            Some(_) => return self.kill(shared, &fault, &error),
+        };
+        fault.failure = Some(error);
+        self.settle(shared, fault, resolution);
+    }
+
+    fn kill(&self, shared: &Shared, fault: &Fault, error: &Error) {
+        let killed = self.pidfd().map(|pidfd| pidfd_send_signal(pidfd, Signal::KILL));
+        match killed {
+            Some(Ok(())) => {
+                self.report(shared, fault, error, "the process was killed");
+                shared.count(Outcome::Killed, fault);
+            }
+            _ => {
+                self.report(shared, fault, error, "and the process could not be killed");
+                shared.count(Outcome::Abandoned, fault);
+            }
+        }
+    }
+
+    fn report(&self, shared: &Shared, fault: &Fault, error: &Error, consequence: &str) {
+        let process = self.pid().map_or("pid unknown".to_owned(), |pid| format!("pid {pid}"));
+        shared.report(&format!(
+            "target {} ({process}): page at {:#x} cannot be had: {error}; {consequence}",
+            self.id, fault.address
+        ));
+    }
+
+    fn answer_beacon(&self, shared: &Shared, fault: Fault) {
+        let mut page = [0; PAGE as usize];
+        page[..8].copy_from_slice(&self.id.to_ne_bytes());
+        let progress = self.uffd.copy(fault.address, &page);
+        match progress.errno {
+            None => {}
+            Some(Errno::AGAIN) => self.defer(shared, fault),
+            Some(_) => {
+                let _ = self.uffd.wake(fault.address, PAGE);
+            }
+        }
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // A panic while one of these is held leaves plain data in a usable state.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,30 @@
+//! The engine of pagekit: a frozen sandbox's memory, served page by page to any number of forks.
+//!
+//! | room | what | may know |
+//! |---|---|---|
+//! | [`page`], [`error`], [`thread`] | pages, runs, errors, threads | nothing of ours |
+//! | [`source`], [`layer`] | where bytes come from; what wraps them | page, error |
+//! | [`stack`] | spec strings into stacks; names every source and layer | source, layer |
+//! | [`delivery`] | what userfaultfd can do for this process | `uffd` |
+//! | [`template`] | a stack, its shared page cache, fetches in flight | stack, delivery |
+//! | [`backend`] | how bytes get into a target | template |
+//! | [`engine`] | the event loop, targets, regions, outcomes | backend, template |
+//! | [`wire`] | messages between client and server, bytes ↔ values | page |
+//! | [`client`] | what brings targets: the shim's handshake | engine, wire |
+//! | [`server`] | a template, an engine and a socket together | everything above |
+//!
+//! ARCHITECTURE.md tells the life of one fault; `tests/test_tree.py` checks this table.
+
+pub mod backend;
+pub mod client;
+pub mod delivery;
+pub mod engine;
+pub mod error;
+pub mod layer;
+pub mod page;
+pub mod server;
+pub mod source;
+pub mod stack;
+pub mod template;
+pub mod thread;
+pub mod wire;

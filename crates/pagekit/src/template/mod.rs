@@ -1,0 +1,491 @@
+//! Templates: a stack plus the page cache that all forks share.
+//!
+//! A page is fetched from the stack once, whoever asks, and published in the template's file
+//! ([`cache_file`]). The life of a page:
+//!
+//! ```text
+//!            want()                  publish               (for ever)
+//!   absent ─────────► in flight ───────────────► present
+//!      ▲                  │ fails
+//!      └──────────────────┘ every waiter is told
+//! ```
+//!
+//! Pages of a *zero run* (known to be zero without reading) are never fetched: clients map them as
+//! anonymous memory, or get the zero page.
+//!
+//! The present-map is the server's own record. The file must agree with it: a page in the file that
+//! we did not publish was put there by a stranger who read a hole, and forks may have seen zeros
+//! where content belongs. There is no mending that, so the template is *damaged* from then on and
+//! every later fault fails loudly ([`Template::audit`], and each publication).
+
+pub mod cache_file;
+mod page_set;
+
+use std::os::fd::BorrowedFd;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
+use std::time::{Duration, Instant};
+
+use crate::delivery::Delivery;
+use crate::error::{Error, Result};
+use crate::page::{self, find, Run, PAGE};
+use crate::source::{Content, Source};
+use crate::stack;
+use cache_file::CacheFile;
+use page_set::PageSet;
+
+/// Zero runs shorter than this are fetched like data: splitting a fetch or a mapping for them costs
+/// more than their bytes.
+const SHORTEST_ZERO_RUN: u64 = 16;
+
+/// Called once when the page it waits for is there, or never will be; on whatever thread finishes
+/// the fetch. Must not block.
+pub type Waiter = Box<dyn FnOnce(&Result<(), Arc<Error>>) + Send>;
+
+/// Answer to [`Template::want`].
+#[derive(Debug)]
+pub enum Want {
+    /// The page is in the template's file; the waiter is not called.
+    Here,
+    /// The page is zero by the map; the waiter is not called.
+    Zero(Run),
+    /// Somebody fetches it already; the waiter will be called.
+    Waiting,
+    /// The caller must see to this fetch; the waiter will be called.
+    Fetch(Fetch),
+}
+
+/// An opened stack, its shared page cache and its present-map. Shared by threads.
+#[derive(Debug)]
+pub struct Template {
+    spec: String,
+    stack: Arc<dyn Source>,
+    zero_runs: Vec<Run>,
+    cache: CacheFile,
+    present: PageSet,
+    flights: Mutex<Vec<Flight>>,
+    damaged: OnceLock<Arc<Error>>,
+    deadline: Duration,
+    counters: Counters,
+}
+
+/// What a template counts.
+#[derive(Debug, Default)]
+struct Counters {
+    fetches: AtomicU64,
+    failures: AtomicU64,
+    bytes_read: AtomicU64,
+}
+
+/// A snapshot of a template's counters.
+#[derive(Debug, Clone, serde::Serialize)]
+pub struct Statistics {
+    /// The spec string of the source.
+    pub spec: String,
+    /// Bytes.
+    pub size: u64,
+    /// Pages in all.
+    pub pages: u64,
+    /// Pages in the template's file.
+    pub present_pages: u64,
+    /// Pages that are zero by the map.
+    pub zero_pages: u64,
+    /// Reads of the stack that brought pages.
+    pub fetches: u64,
+    /// Reads of the stack that failed.
+    pub failures: u64,
+    /// Bytes that the reads brought.
+    pub bytes_read: u64,
+    /// Why nothing is served any more, if so.
+    pub damaged: Option<String>,
+    /// What the pieces of the stack count.
+    pub stack: Vec<(String, u64)>,
+}
+
+struct Flight {
+    run: Run,
+    waiters: Vec<Waiter>,
+}
+
+impl std::fmt::Debug for Flight {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Flight({:?}, {} waiters)", self.run, self.waiters.len())
+    }
+}
+
+impl Template {
+    /// Opens `spec` through `layers` (outermost first; see [`stack`]). A page whose fetch still
+    /// fails after `deadline` is given up.
+    ///
+    /// # Errors
+    /// Those of [`stack::open`]; `Unsupported` where the page size is not 4096; `Kernel` where the
+    /// template's file cannot be made.
+    pub fn open<L: AsRef<str>>(
+        spec: &str,
+        layers: &[L],
+        delivery: &Delivery,
+        deadline: Duration,
+    ) -> Result<Arc<Template>> {
+        if rustix::param::page_size() as u64 != PAGE {
+            return Err(Error::Unsupported {
+                message: format!("the page size here is {} bytes", rustix::param::page_size()),
+                hint: format!("pagekit serves kernels with pages of {PAGE} bytes"),
+            });
+        }
+        let stack = stack::open(spec, layers)?;
+        let size = stack.capabilities().size;
+        let mut zero_runs = stack.zero_runs()?;
+        zero_runs.retain(|run| run.pages >= SHORTEST_ZERO_RUN);
+        Ok(Arc::new(Template {
+            spec: spec.to_owned(),
+            cache: CacheFile::create(size, delivery)?,
+            present: PageSet::new(size / PAGE),
+            zero_runs,
+            stack,
+            flights: Mutex::new(Vec::new()),
+            damaged: OnceLock::new(),
+            deadline,
+            counters: Counters::default(),
+        }))
+    }
+
+    /// Bytes.
+    pub fn size(&self) -> u64 {
+        self.stack.capabilities().size
+    }
+
+    /// All of it.
+    pub fn whole(&self) -> Run {
+        Run::between(0, self.size() / PAGE)
+    }
+
+    /// Runs that are zero by the map, rising.
+    pub fn zero_runs(&self) -> &[Run] {
+        &self.zero_runs
+    }
+
+    /// The page cache of the template.
+    pub fn cache(&self) -> &CacheFile {
+        &self.cache
+    }
+
+    /// A file that can be mapped instead of being served, if the stack is nothing but one.
+    pub fn mappable(&self) -> Option<BorrowedFd<'_>> {
+        self.stack.mappable()
+    }
+
+    /// Asks for `page`. If it is neither here nor zero, a `waiter` is made and called when a fetch
+    /// ends, and the fetch covers up to `window` pages around and behind it, as far as they are
+    /// absent.
+    pub fn want(
+        self: &Arc<Self>,
+        page: u64,
+        window: u64,
+        waiter: impl FnOnce() -> Waiter,
+    ) -> Want {
+        if self.present.contains(page) {
+            return Want::Here;
+        }
+        if let Some(run) = find(&self.zero_runs, page) {
+            return Want::Zero(run);
+        }
+        let mut flights = self.lock_flights();
+        // Published while we waited for the lock?
+        if self.present.contains(page) {
+            return Want::Here;
+        }
+        if let Some(flight) = flights.iter_mut().find(|flight| flight.run.contains(page)) {
+            flight.waiters.push(waiter());
+            return Want::Waiting;
+        }
+        let run = self.absent_around(&flights, page, window);
+        flights.push(Flight { run, waiters: vec![waiter()] });
+        Want::Fetch(Fetch {
+            template: Arc::clone(self),
+            run,
+            began: Instant::now(),
+            attempts: 0,
+            ended: false,
+        })
+    }
+
+    /// The pages of `run` from its start on that are in the template's file, in one piece.
+    pub fn present_from(&self, run: Run) -> Run {
+        let mut end = run.start;
+        while end < run.end() && self.present.contains(end) {
+            end += 1;
+        }
+        Run::between(run.start, end)
+    }
+
+    /// Reads `buffer.len()` bytes at `offset`, any values inside the template, fetching what is
+    /// absent. Blocks.
+    pub fn read(self: &Arc<Self>, offset: u64, buffer: &mut [u8]) -> Result<(), Arc<Error>> {
+        if offset.checked_add(buffer.len() as u64).is_none_or(|end| end > self.size()) {
+            return Err(Arc::new(Error::usage(
+                format!("{} bytes at {offset} reach beyond the template's {}", buffer.len(), self.size()),
+                "read inside the template",
+            )));
+        }
+        let mut at = offset;
+        let mut rest = buffer;
+        while !rest.is_empty() {
+            let inside = at % PAGE;
+            let length = rest.len().min((PAGE - inside) as usize);
+            let (part, tail) = rest.split_at_mut(length);
+            match self.bring(at / PAGE)? {
+                Some(_) => part.fill(0),
+                None => self.cache.read_present(at, part),
+            }
+            at += length as u64;
+            rest = tail;
+        }
+        Ok(())
+    }
+
+    /// Fetches everything that is neither present nor zero. Blocks.
+    pub fn load(self: &Arc<Self>) -> Result<(), Arc<Error>> {
+        let mut page = 0;
+        while page < self.whole().end() {
+            page = match self.bring(page)? {
+                Some(zero) => zero.end(),
+                None => page + 1,
+            };
+        }
+        Ok(())
+    }
+
+    /// Compares the template's file with the present-map.
+    ///
+    /// # Errors
+    /// `Integrity` if the file holds a page that was not published: the template is damaged then.
+    pub fn audit(&self) -> Result<(), Arc<Error>> {
+        let flights = self.lock_flights();
+        for run in self.cache.data_runs().map_err(Arc::new)? {
+            let strange = (run.start..run.end()).find(|page| {
+                !self.present.contains(*page) && !flights.iter().any(|f| f.run.contains(*page))
+            });
+            if let Some(page) = strange {
+                return Err(self.damage(page));
+            }
+        }
+        self.check()
+    }
+
+    /// # Errors
+    /// The reason, if the template is damaged.
+    pub fn check(&self) -> Result<(), Arc<Error>> {
+        self.damaged.get().map_or(Ok(()), |error| Err(Arc::clone(error)))
+    }
+
+    /// Counters, now.
+    pub fn statistics(&self) -> Statistics {
+        Statistics {
+            spec: self.spec.clone(),
+            size: self.size(),
+            pages: self.whole().pages,
+            present_pages: self.present.len(),
+            zero_pages: self.zero_runs.iter().map(|run| run.pages).sum(),
+            fetches: self.counters.fetches.load(Relaxed),
+            failures: self.counters.failures.load(Relaxed),
+            bytes_read: self.counters.bytes_read.load(Relaxed),
+            damaged: self.damaged.get().map(|error| error.to_string()),
+            stack: self.stack.statistics(),
+        }
+    }
+
+    /// Makes one page present on this thread, or says which zero run it lies in.
+    fn bring(self: &Arc<Self>, page: u64) -> Result<Option<Run>, Arc<Error>> {
+        self.check()?;
+        let (sender, receiver) = std::sync::mpsc::sync_channel(1);
+        let waiter: Waiter = Box::new(move |outcome| {
+            // The receiver lives until it got this one message.
+            let _ = sender.send(outcome.as_ref().map(|()| ()).map_err(Arc::clone));
+        });
+        match self.want(page, 256, || waiter) {
+            Want::Here => return Ok(None),
+            Want::Zero(run) => return Ok(Some(run)),
+            Want::Waiting => {}
+            Want::Fetch(mut fetch) => {
+                while let Some((again, after)) = fetch.attempt() {
+                    std::thread::sleep(after);
+                    fetch = again;
+                }
+            }
+        }
+        receiver.recv().expect("a fetch always tells its waiters").map(|()| None)
+    }
+
+    /// The longest run around `page` with nothing in it that is present, zero or in flight, at most
+    /// `window` pages behind its aligned start.
+    fn absent_around(&self, flights: &[Flight], page: u64, window: u64) -> Run {
+        let window = window.max(1);
+        let aligned = page - page % window;
+        let absent = |page: u64| {
+            !self.present.contains(page)
+                && find(&self.zero_runs, page).is_none()
+                && !flights.iter().any(|flight| flight.run.contains(page))
+        };
+        let mut start = page;
+        while start > aligned && absent(start - 1) {
+            start -= 1;
+        }
+        let last = (aligned + window).min(self.whole().end());
+        let mut end = page + 1;
+        while end < last && absent(end) {
+            end += 1;
+        }
+        Run::between(start, end)
+    }
+
+    fn damage(&self, page: u64) -> Arc<Error> {
+        let error = Error::Integrity {
+            message: format!(
+                "template {}: page {page} is in the shared file, but was never published: a process \
+                 read a hole of it (a mapping without registration, or a child of a fork that was \
+                 not announced), and forks may have read zeros there; nothing is served any more",
+                self.spec
+            ),
+        };
+        Arc::clone(self.damaged.get_or_init(|| Arc::new(error)))
+    }
+
+    fn lock_flights(&self) -> MutexGuard<'_, Vec<Flight>> {
+        // Nothing that holds this lock can leave the list half changed, so poison means nothing.
+        self.flights.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+}
+
+/// One read of the stack under way. Whatever happens to it, a panic included, its waiters are told.
+#[derive(Debug)]
+pub struct Fetch {
+    template: Arc<Template>,
+    run: Run,
+    began: Instant,
+    attempts: u32,
+    ended: bool,
+}
+
+impl Fetch {
+    /// Fetches if that needs no waiting; gives itself back if it does.
+    pub fn now(mut self) -> Option<Fetch> {
+        if !self.template.stack.capabilities().immediate {
+            return Some(self);
+        }
+        let outcome = with_buffer(self.run.bytes() as usize, |buffer| {
+            match self.template.stack.try_read(self.run.offset(), buffer) {
+                Ok(Some(content)) => Some(self.publish(content, buffer)),
+                Ok(None) => None,
+                Err(error) => Some(Err(Arc::new(error))),
+            }
+        });
+        match outcome {
+            Some(outcome) => {
+                self.end(outcome);
+                None
+            }
+            None => Some(self),
+        }
+    }
+
+    /// Fetches, waiting as long as the stack does. After a failure that may pass it gives itself
+    /// back, with the time to wait before the next attempt; when the deadline is over the waiters
+    /// get the failure.
+    pub fn attempt(mut self) -> Option<(Fetch, Duration)> {
+        let outcome = with_buffer(self.run.bytes() as usize, |buffer| {
+            match self.template.stack.read(self.run.offset(), buffer) {
+                Ok(content) => self.publish(content, buffer),
+                Err(error) => Err(Arc::new(error)),
+            }
+        });
+        if let Err(error) = &outcome {
+            self.template.counters.failures.fetch_add(1, Relaxed);
+            let pause = Duration::from_millis(1 << self.attempts.min(9));
+            if error.retryable() && self.began.elapsed() + pause < self.template.deadline {
+                self.attempts += 1;
+                return Some((self, pause));
+            }
+        }
+        self.end(outcome);
+        None
+    }
+
+    fn publish(&self, content: Content, buffer: &[u8]) -> Result<(), Arc<Error>> {
+        let template = &self.template;
+        template.counters.fetches.fetch_add(1, Relaxed);
+        let bytes = match content {
+            Content::Bytes => {
+                template.counters.bytes_read.fetch_add(self.run.bytes(), Relaxed);
+                Some(buffer)
+            }
+            Content::Zero => None,
+        };
+        // An earlier attempt may have published the first part before it failed.
+        let there = template.present_from(self.run).pages;
+        let mut run = Run::between(self.run.start + there, self.run.end());
+        let bytes = bytes.map(|bytes| &bytes[(there * PAGE) as usize..]);
+        // Marked piece by piece, so that a failure half-way leaves a present-map that is true.
+        let published = template.cache.publish(run, bytes, |pages| {
+            template.present.insert(Run { start: run.start, pages });
+            run = Run::between(run.start + pages, run.end());
+        });
+        published.map_err(|failure| match failure {
+            cache_file::Failure::Occupied(page) => template.damage(page),
+            cache_file::Failure::Other(error) => Arc::new(error),
+        })
+    }
+
+    fn end(&mut self, outcome: Result<(), Arc<Error>>) {
+        self.ended = true;
+        let waiters = {
+            let mut flights = self.template.lock_flights();
+            let at = flights.iter().position(|flight| flight.run == self.run);
+            at.map(|at| flights.swap_remove(at).waiters).unwrap_or_default()
+        };
+        for waiter in waiters {
+            waiter(&outcome);
+        }
+    }
+}
+
+impl Drop for Fetch {
+    fn drop(&mut self) {
+        if !self.ended {
+            let message =
+                format!("the fetch of {} pages at page {} was given up", self.run.pages, self.run.start);
+            self.end(Err(Arc::new(Error::Integrity { message })));
+        }
+    }
+}
+
+/// Runs `work` with this thread's buffer, grown to at least `bytes`. Fetches are often and alike, so
+/// the buffer is kept.
+fn with_buffer<T>(bytes: usize, work: impl FnOnce(&mut [u8]) -> T) -> T {
+    thread_local! {
+        static BUFFER: std::cell::RefCell<Vec<u8>> = const { std::cell::RefCell::new(Vec::new()) };
+    }
+    BUFFER.with_borrow_mut(|buffer| {
+        if buffer.len() < bytes {
+            buffer.resize(bytes, 0);
+        }
+        work(&mut buffer[..bytes])
+    })
+}
+
+/// `run` cut into the parts that are zero by the map and those that are not, for a client that maps
+/// the former anonymously: at most `most` zero parts, the longest ones.
+pub fn zero_parts(template: &Template, run: Run, most: usize) -> Vec<Run> {
+    let mut zeros: Vec<Run> = template
+        .zero_runs()
+        .iter()
+        .map(|zero| Run::between(zero.start.max(run.start), zero.end().min(run.end()).max(run.start)))
+        .filter(|zero| zero.pages > 0)
+        .collect();
+    if zeros.len() > most {
+        zeros.sort_by_key(|zero| std::cmp::Reverse(zero.pages));
+        zeros.truncate(most);
+        zeros.sort_by_key(|zero| zero.start);
+    }
+    debug_assert!(page::complement(run, &zeros).iter().all(|rest| rest.pages > 0));
+    zeros
+}

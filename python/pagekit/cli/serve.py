@@ -1,0 +1,59 @@
+"""``pagekit serve``: runs the server program in place of this one."""
+
+from __future__ import annotations
+
+import os
+
+import click
+
+from ..client import server_program, shim_path
+
+
+@click.command(name="serve")
+@click.argument("spec")
+@click.option("--socket", required=True, help="Where programs attach; only this user can.")
+@click.option("--layer", "layers", multiple=True, help="Wrap the source, outermost first.")
+@click.option(
+    "--backend",
+    type=click.Choice(["auto", "share", "copy", "plain"]),
+    default="auto",
+    show_default=True,
+    help="How programs get the memory.",
+)
+@click.option("--deadline", default="5s", show_default=True, help="Give up a page after this time.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object when ready, one at the end.")
+@click.option("--run", "captive", is_flag=True, help="Run COMMAND, and live and die with it.")
+@click.argument("command_line", metavar="[COMMAND]...", nargs=-1, type=click.UNPROCESSED)
+def command(
+    spec: str,
+    socket: str,
+    layers: tuple[str, ...],
+    backend: str,
+    deadline: str,
+    as_json: bool,
+    captive: bool,
+    command_line: tuple[str, ...],
+) -> None:
+    """Serve the memory SPEC, page by page, to programs that preload the shim.
+
+    SPEC is where the pages come from: file:PATH or zero:SIZE. Layers are pass, stats, delay=TIME,
+    fail=N. In COMMAND, {file} stands for the file to map.
+
+    \b
+    Examples:
+      pagekit serve file:memory --socket /run/pk.sock
+      pagekit serve file:memory --layer delay=2ms --socket pk.sock --run -- ./program {file}
+    """
+    if captive != bool(command_line):
+        raise click.UsageError("--run and a command after -- belong together")
+    program = str(server_program())
+    arguments = [program, spec, "--socket", socket, "--backend", backend, "--deadline", deadline]
+    for layer in layers:
+        arguments += ["--layer", layer]
+    arguments += ["--shim", str(shim_path())]
+    if as_json:
+        arguments.append("--json")
+    if captive:
+        arguments += ["--run", *command_line]
+    # The server takes over this process: no Python stays around it.
+    os.execv(program, arguments)

@@ -1,0 +1,147 @@
+"""Everything pagekit raises.
+
+::
+
+    PagekitError                      .hint .retryable .exit_code
+    ├─ UsageError(ValueError)         an impossible stack, a wrong option or argument
+    ├─ KernelError(OSError)           the kernel refused or lacks something
+    │  ├─ Unsupported                 this system or kernel cannot do it, whoever asks
+    │  └─ PermissionDenied            it could, but not for this user; the hint names the knob
+    ├─ TargetError                    a process whose memory is served
+    │  └─ Gone                        it ended, or replaced its memory by exec
+    ├─ SourceError(OSError)           the place the pages come from failed
+    │  ├─ Missing                     there is nothing at that place
+    │  └─ Unavailable                 it exists, but could not be read now
+    ├─ IntegrityError                 bytes are not what they must be; never retried on the same copy
+    ├─ ServerError(OSError)           the server could not be started or reached
+    │  └─ AddressInUse                another server answers on this socket
+    ├─ SandboxError                   a sandbox driver could not do its work
+    │  ├─ QemuMissing                 no QEMU program, or one that does not start
+    │  ├─ GuestMissing                no kernel or initramfs to boot
+    │  ├─ BootFailed                  the guest or its VMM did not come up in time
+    │  ├─ ForkDied                    a running sandbox ended; the message says why
+    │  ├─ AgentError                  the program in the guest did not answer as it must
+    │  └─ SnapshotError               a snapshot directory is damaged or cannot be made
+    └─ InternalError                  a bug in pagekit, please report it
+
+A builtin is the second base where callers would already catch it. The text says what failed, on
+what, and why, in lower case; what to do next is in ``hint``. ``exit_code`` is what the command line
+exits with. The classes raised by the Rust core are mapped in ``crates/pagekit-py``.
+"""
+
+from __future__ import annotations
+
+
+class PagekitError(Exception):
+    """Base of everything pagekit raises."""
+
+    exit_code = 1
+    retryable = False
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class UsageError(PagekitError, ValueError):
+    """An impossible stack, a wrong option or argument."""
+
+    exit_code = 2
+
+
+class KernelError(PagekitError, OSError):
+    """The kernel refused or lacks something."""
+
+    exit_code = 3
+
+
+class Unsupported(KernelError):
+    """This system or kernel cannot do it, whoever asks."""
+
+
+class PermissionDenied(KernelError):
+    """It could be done, but not by this user; the hint names the knob."""
+
+    exit_code = 4
+
+
+class TargetError(PagekitError):
+    """Something about a process whose memory is served."""
+
+    exit_code = 5
+
+
+class Gone(TargetError):
+    """The target ended, or replaced its memory by exec."""
+
+
+class SourceError(PagekitError, OSError):
+    """The place the pages come from failed."""
+
+    exit_code = 6
+
+
+class Missing(SourceError):
+    """There is nothing at that place."""
+
+
+class Unavailable(SourceError):
+    """The source exists, but could not be read now."""
+
+    retryable = True
+
+
+class IntegrityError(PagekitError):
+    """Bytes are not what they must be; never retried on the same copy."""
+
+    exit_code = 7
+
+
+class ServerError(PagekitError, OSError):
+    """The server could not be started or reached."""
+
+    exit_code = 8
+
+
+class AddressInUse(ServerError):
+    """Another server answers on this socket."""
+
+
+class SandboxError(PagekitError):
+    """A sandbox driver could not do its work."""
+
+    exit_code = 9
+
+
+class QemuMissing(SandboxError):
+    """No QEMU program, or one that does not start."""
+
+
+class GuestMissing(SandboxError):
+    """No kernel or initramfs to boot."""
+
+
+class BootFailed(SandboxError):
+    """The guest or its VMM did not come up in time."""
+
+
+class ForkDied(SandboxError):
+    """A running sandbox ended; the message says why."""
+
+
+class AgentError(SandboxError):
+    """The program in the guest did not answer as it must."""
+
+
+class SnapshotError(SandboxError):
+    """A snapshot directory is damaged, or cannot be made."""
+
+
+class InternalError(PagekitError):
+    """A bug in pagekit, please report it."""
+
+    exit_code = 70

@@ -1,0 +1,81 @@
+"""Run directories: what a sandbox needs on disk while it runs, gone when it is.
+
+A run directory is private (mode 0700) and locked by the process that made it, with flock(2) on the
+directory itself, so that the lock goes when the process does, however it ends. Whoever makes a new
+one first sweeps away those of processes that are gone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+import tempfile
+import time
+import weakref
+from pathlib import Path
+
+from ..errors import SandboxError
+
+_PREFIX = "pagekit-"
+# Between its making and its locking a directory looks abandoned.
+_GRACE = 10.0
+
+
+class RunDirectory:
+    """A private directory, removed by :meth:`close`, at the latest when the interpreter ends.
+
+    Raises:
+        SandboxError: no directory can be made in the place for temporary files.
+    """
+
+    def __init__(self) -> None:
+        try:
+            place = Path(tempfile.gettempdir())
+            sweep(place)
+            self.path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=place))
+            lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise SandboxError(
+                f"cannot make a run directory: {error}",
+                hint="TMPDIR names another place for it",
+            ) from error
+        self._remove = weakref.finalize(self, _remove, self.path, lock, os.getpid())
+
+    def close(self) -> None:
+        """Remove the directory and what is in it. May be called twice."""
+        self._remove()
+
+    def __enter__(self) -> RunDirectory:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def sweep(place: Path) -> list[Path]:
+    """Remove the run directories in ``place`` whose processes are gone, and return them."""
+    removed = []
+    for directory in place.glob(_PREFIX + "*"):
+        with contextlib.suppress(OSError):  # another's, or just being removed
+            status = directory.lstat()
+            if status.st_uid != os.getuid() or time.time() - status.st_mtime < _GRACE:
+                continue
+            lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(directory)
+                removed.append(directory)
+            finally:
+                os.close(lock)
+    return removed
+
+
+def _remove(directory: Path, lock: int, owner: int) -> None:
+    if os.getpid() != owner:
+        return  # a forked child does not tidy up for its parent
+    shutil.rmtree(directory, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        os.close(lock)

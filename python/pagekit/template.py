@@ -1,0 +1,91 @@
+"""Templates: where memory comes from, and the page cache that its forks share."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any, Self
+
+from ._native import core
+
+PAGE_SIZE = 4096
+"""Bytes in a page."""
+
+
+class Template:
+    """An opened stack (a source, and layers around it) with its shared page cache.
+
+    A page is fetched once, whoever asks for it, and kept for all forks until :meth:`close`.
+
+    Args:
+        spec: where the pages come from: ``file:PATH`` or ``zero:SIZE``.
+        layers: pieces around the source, outermost first: ``stats``, ``delay=2ms``, ``fail=3``,
+            ``pass``.
+        deadline: seconds after which a page is given up whose fetch still fails.
+
+    Raises:
+        UsageError: a spec that means nothing, or a file that is no memory image.
+        Missing: there is no such file.
+        Unsupported: not Linux, or pages of another size than 4096 bytes.
+
+    Threads: every method may be called from any thread; those that fetch give up the GIL meanwhile.
+    """
+
+    def __init__(self, spec: str, *, layers: Sequence[str] = (), deadline: float = 5.0) -> None:
+        self._core = core().Template(spec, list(layers), deadline)
+        self.spec = spec
+        self.layers = tuple(layers)
+        self.page_size = PAGE_SIZE
+
+    @property
+    def size(self) -> int:
+        """Bytes, a multiple of :attr:`page_size`."""
+        return int(self._core.size())
+
+    def read(self, offset: int, length: int) -> bytes:
+        """``length`` bytes at ``offset``, of any alignment, fetched where they are absent.
+
+        Raises:
+            UsageError: it reaches beyond the template.
+            SourceError: a fetch failed until the deadline.
+            IntegrityError: the source was cut short, or the template is damaged.
+        """
+        return bytes(self._core.read(offset, length))
+
+    def load(self) -> None:
+        """Fetches everything that is not there yet. Raises as :meth:`read` does."""
+        self._core.load()
+
+    def audit(self) -> None:
+        """Compares the shared file with the record of what was published.
+
+        Raises:
+            IntegrityError: the file holds a page that was never published, because some process
+                read a hole of it; nothing is served from the template any more.
+        """
+        self._core.audit()
+
+    def statistics(self) -> dict[str, Any]:
+        """Counters, now: ``present_pages``, ``zero_pages``, ``fetches``, ``bytes_read``, …"""
+        statistics: dict[str, Any] = json.loads(self._core.statistics())
+        statistics["stack"] = dict(statistics["stack"])
+        return statistics
+
+    def close(self) -> None:
+        """Lets go of the pages, once no server and no fork uses them. Closing twice is fine."""
+        self._core.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"Template({self.spec!r}, layers={self.layers!r})"
