@@ -69,7 +69,12 @@ impl Template {
         Ok(self.get()?.size())
     }
 
-    fn read<'py>(&self, py: Python<'py>, offset: u64, length: usize) -> PyResult<Bound<'py, PyBytes>> {
+    fn read<'py>(
+        &self,
+        py: Python<'py>,
+        offset: u64,
+        length: usize,
+    ) -> PyResult<Bound<'py, PyBytes>> {
         let template = self.get()?;
         let fits = offset.checked_add(length as u64).is_some_and(|end| end <= template.size());
         // Checked before a buffer of that length is made.
@@ -115,7 +120,12 @@ impl Server {
 #[pymethods]
 impl Server {
     #[new]
-    fn new(py: Python<'_>, template: &Template, socket: PathBuf, backend: &str) -> PyResult<Server> {
+    fn new(
+        py: Python<'_>,
+        template: &Template,
+        socket: PathBuf,
+        backend: &str,
+    ) -> PyResult<Server> {
         let template = template.get()?;
         let server = py
             .detach(|| server::Server::start(template, delivery(), &socket, backend))

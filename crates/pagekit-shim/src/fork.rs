@@ -66,14 +66,17 @@ extern "C" fn in_child() {
                 served.uffd = uffd;
                 true
             }
-            Err(text) => crate::end(&format!("a child of a served process cannot be served: {text}")),
+            Err(text) => {
+                crate::end(&format!("a child of a served process cannot be served: {text}"))
+            }
         }
     });
 }
 
 /// Tells the server which of its targets this process is.
 fn introduce(beacon: u64) -> Result<(u64, Userfaultfd), String> {
-    let Some(Supply::Server { socket, .. }) = settings::get().map(|settings| &settings.supply) else {
+    let Some(Supply::Server { socket, .. }) = settings::get().map(|settings| &settings.supply)
+    else {
         return Err("it has no server".to_owned());
     };
     // SAFETY: the beacon is mapped and readable; the server answers the fault with our number.

@@ -130,8 +130,9 @@ struct Offer {
 }
 
 fn map_plain_file(memory: &std::path::Path, wanted: &Wanted) -> Result<Region, Refusal> {
-    let file = std::fs::File::open(memory)
-        .map_err(|error| format!("the memory file {} cannot be opened: {error}", memory.display()))?;
+    let file = std::fs::File::open(memory).map_err(|error| {
+        format!("the memory file {} cannot be opened: {error}", memory.display())
+    })?;
     map_plain(&file, wanted)
 }
 
@@ -198,7 +199,13 @@ fn accept(offer: Offer, wanted: &Wanted, connection: &Connection) -> Result<Regi
         return Err(last_error("the mapping's access cannot be set").into());
     }
     let served = Served { uffd, target, beacon, zero_runs: offer.zero_runs };
-    Ok(Region { start, run, protection: wanted.protection, served: Some(served), punched: Vec::new() })
+    Ok(Region {
+        start,
+        run,
+        protection: wanted.protection,
+        served: Some(served),
+        punched: Vec::new(),
+    })
 }
 
 /// A mapping where the program wants it; anonymous without a file.
@@ -285,7 +292,8 @@ const MADV_DONTNEED_LOCKED: c_int = 24;
 pub(crate) fn advise(start: u64, length: u64, advice: c_int) -> Advised {
     let end = start.saturating_add(length);
     let regions = all();
-    let touched = |region: &&Region| start < region.start + region.run.bytes() && end > region.start;
+    let touched =
+        |region: &&Region| start < region.start + region.run.bytes() && end > region.start;
     if !regions.iter().any(|region| touched(&region)) {
         return Advised::PassOn;
     }
@@ -300,7 +308,9 @@ pub(crate) fn advise(start: u64, length: u64, advice: c_int) -> Advised {
         libc::MADV_DONTNEED | MADV_DONTNEED_LOCKED => {
             // SAFETY: the program's own call, made here so that zeros can follow it.
             if unsafe { real_madvise(start as _, length as usize, advice) } != 0 {
-                return Advised::Refused(std::io::Error::last_os_error().raw_os_error().unwrap_or(0));
+                return Advised::Refused(
+                    std::io::Error::last_os_error().raw_os_error().unwrap_or(0),
+                );
             }
             for region in regions.iter().filter(touched) {
                 if let Err(text) = region.zero_what_is_punched(start, end, advice) {

@@ -47,8 +47,7 @@ impl Delivery {
                 Err(error) => (explain(&error, device.as_ref().err()), None),
             },
         };
-        let mut delivery =
-            Delivery { device, way, features: Features::NONE, fork_events: false };
+        let mut delivery = Delivery { device, way, features: Features::NONE, fork_events: false };
         if let Some(opening) = delivery.opening() {
             let features = Userfaultfd::probe(opening).unwrap_or(Features::NONE);
             let fork_events = Userfaultfd::open(opening)
@@ -125,7 +124,9 @@ impl Delivery {
 /// Names the knob behind a refusal.
 fn explain(by_call: &io::Error, by_device: Option<&io::Error>) -> Way {
     let device = match by_device.and_then(io::Error::raw_os_error) {
-        Some(libc::ENOENT) => "there is no /dev/userfaultfd (Linux < 6.1, or a container without it)",
+        Some(libc::ENOENT) => {
+            "there is no /dev/userfaultfd (Linux < 6.1, or a container without it)"
+        }
         Some(_) => "/dev/userfaultfd may not be opened",
         None => "/dev/userfaultfd refuses to make one",
     };

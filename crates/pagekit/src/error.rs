@@ -78,7 +78,9 @@ impl Error {
             Error::Usage { hint, .. }
             | Error::Unsupported { hint, .. }
             | Error::Permission { hint, .. }
-            | Error::AddressInUse { hint, .. } => Some(hint).filter(|h| !h.is_empty()).map(|h| &**h),
+            | Error::AddressInUse { hint, .. } => {
+                Some(hint).filter(|h| !h.is_empty()).map(|h| &**h)
+            }
             _ => None,
         }
     }

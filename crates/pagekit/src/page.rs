@@ -88,7 +88,8 @@ mod tests {
         let runs = coalesce([1, 2, 3, 7, 9, 10]);
         assert_eq!(runs, [Run::between(1, 4), Run::between(7, 8), Run::between(9, 11)]);
         let whole = Run::between(0, 12);
-        let rest = [Run::between(0, 1), Run::between(4, 7), Run::between(8, 9), Run::between(11, 12)];
+        let rest =
+            [Run::between(0, 1), Run::between(4, 7), Run::between(8, 9), Run::between(11, 12)];
         assert_eq!(complement(whole, &runs), rest);
         assert_eq!(complement(Run::between(2, 8), &runs), [Run::between(4, 7)]);
         assert_eq!(find(&runs, 3), Some(Run::between(1, 4)));

@@ -63,7 +63,10 @@ fn wrap(layer: &str, next: Next) -> Result<Arc<dyn Source>> {
         None => (layer, None),
     };
     let wrong = |example: &str| {
-        Err(Error::usage(format!("layer {layer:?} is not understood"), format!("for example {example}")))
+        Err(Error::usage(
+            format!("layer {layer:?} is not understood"),
+            format!("for example {example}"),
+        ))
     };
     match (name, argument) {
         ("pass", None) => Ok(Arc::new(pass::Pass::new(next))),

@@ -4,10 +4,7 @@ use std::io;
 use std::thread::JoinHandle;
 
 /// Starts a named thread that blocks all signals: they belong to the program around us.
-pub fn spawn(
-    name: &str,
-    body: impl FnOnce() + Send + 'static,
-) -> io::Result<JoinHandle<()>> {
+pub fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> io::Result<JoinHandle<()>> {
     let blocked = BlockedSignals::new();
     let thread = std::thread::Builder::new().name(name.to_owned()).spawn(body);
     drop(blocked);

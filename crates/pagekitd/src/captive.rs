@@ -68,10 +68,10 @@ pub fn run(options: &Options, signals: &Signals) -> Result<ExitCode> {
 }
 
 fn start(options: &Options, stub: &Path) -> Result<Child> {
-    let (program, arguments) = options.command.split_first().ok_or(Error::Usage {
-        message: "--run needs a command".to_owned(),
-        hint: String::new(),
-    })?;
+    let (program, arguments) = options
+        .command
+        .split_first()
+        .ok_or(Error::Usage { message: "--run needs a command".to_owned(), hint: String::new() })?;
     let name = stub.to_string_lossy();
     let mut command = Command::new(program);
     for argument in arguments {

@@ -76,9 +76,8 @@ fn parse(mut parser: lexopt::Parser) -> Result<Asked, String> {
     };
     let text = |error: lexopt::Error| error.to_string();
     while let Some(argument) = parser.next().map_err(text)? {
-        let string = |parser: &mut lexopt::Parser| {
-            parser.value().map_err(text)?.string().map_err(text)
-        };
+        let string =
+            |parser: &mut lexopt::Parser| parser.value().map_err(text)?.string().map_err(text);
         match argument {
             Long("help") | Short('h') => return Ok(Asked::Text(HELP.to_owned())),
             Long("version") => {
@@ -91,7 +90,8 @@ fn parse(mut parser: lexopt::Parser) -> Result<Asked, String> {
             Long("shim") => options.shim = Some(parser.value().map_err(text)?.into()),
             Long("deadline") => {
                 let value = string(&mut parser)?;
-                options.deadline = stack::time(&value).ok_or(format!("{value:?} is no time: 5s"))?;
+                options.deadline =
+                    stack::time(&value).ok_or(format!("{value:?} is no time: 5s"))?;
             }
             Long("run") => {
                 options.command = parser.raw_args().map_err(text)?.collect();

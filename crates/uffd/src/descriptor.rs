@@ -249,8 +249,7 @@ impl Userfaultfd {
     /// userfaultfd owns it), EPERM, ENOMEM (the target is gone).
     pub fn register(&self, start: u64, len: u64, mode: RegisterMode) -> io::Result<()> {
         let RegisterMode::Missing = mode;
-        let mut argument =
-            abi::Register { range: abi::Range { start, len }, mode: 1, ioctls: 0 };
+        let mut argument = abi::Register { range: abi::Range { start, len }, mode: 1, ioctls: 0 };
         self.ioctl(abi::UFFDIO_REGISTER, &mut argument)
     }
 
@@ -272,8 +271,7 @@ impl Userfaultfd {
     /// Nothing unsafe can happen to *this* process (the kernel reads `src` and answers EFAULT where
     /// it cannot), but the bytes must be initialised and meant for the target.
     pub unsafe fn copy_from(&self, dst: u64, src: *const u8, len: usize) -> Progress {
-        let mut argument =
-            abi::Copy { dst, src: src as u64, len: len as u64, mode: 0, copy: 0 };
+        let mut argument = abi::Copy { dst, src: src as u64, len: len as u64, mode: 0, copy: 0 };
         let outcome = self.ioctl(abi::UFFDIO_COPY, &mut argument);
         progress(outcome, argument.copy, len)
     }

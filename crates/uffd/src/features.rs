@@ -75,11 +75,9 @@ impl Features {
     pub fn names(self) -> Vec<String> {
         (0..64)
             .filter(|bit| self.0 >> bit & 1 == 1)
-            .map(|bit| {
-                match Self::NAMES.iter().find(|(_, known)| *known == bit) {
-                    Some((name, _)) => (*name).to_owned(),
-                    None => format!("bit {bit}"),
-                }
+            .map(|bit| match Self::NAMES.iter().find(|(_, known)| *known == bit) {
+                Some((name, _)) => (*name).to_owned(),
+                None => format!("bit {bit}"),
             })
             .collect()
     }

@@ -35,7 +35,7 @@ lines that are not an answer with the id it waits for: they are the rest of its 
 
 from __future__ import annotations
 
-import base64
+import binascii
 import fcntl
 import gc
 import hashlib
@@ -109,36 +109,48 @@ def make_data() -> bytearray:
     return data
 
 
-def become(identity: dict[str, Any]) -> None:
-    """Make this fork different from its siblings, whose memory was the same until now.
+class Identity:
+    """What makes a fork different from its siblings, whose memory was the same until it woke.
 
-    Sets the clock, gives the kernel secret entropy and has it draw a new key from it at once (by
-    itself it would do so only after a minute), then reseeds what Python seeded before the freeze.
-
-    Raises:
-        KeyError, ValueError, TypeError: the identity is incomplete or of the wrong shape.
-        OSError: the kernel refused.
+    A fork does this before anything else, on a processor that has forgotten all it had translated or
+    cached, so everything that can be done before the freeze is.
     """
-    fork_id, time_ns = str(identity["fork_id"]), int(identity["time_ns"])
-    entropy = base64.b64decode(identity["entropy"], validate=True)
-    if len(entropy) < 32:
-        raise ValueError(f"entropy of {len(entropy)} bytes is too little to make a fork unique")
 
-    time.clock_settime_ns(time.CLOCK_REALTIME, time_ns)
-    with open("/dev/random", "wb", buffering=0) as device:
-        fcntl.ioctl(device, RNDADDENTROPY, struct.pack("ii", len(entropy) * 8, len(entropy)) + entropy)
-        fcntl.ioctl(device, RNDRESEEDCRNG)
+    def __init__(self) -> None:
+        self._random = os.open("/dev/random", os.O_WRONLY | os.O_CLOEXEC)
+        os.makedirs(os.path.dirname(FORK_ID_FILE), exist_ok=True)
 
-    random.seed(os.urandom(64))
-    # Both keep a random value for the life of the process: uuid1's node, the names of temporary files.
-    for module, attribute in (("uuid", "_node"), ("tempfile", "_name_sequence")):
-        if module in sys.modules:
-            setattr(sys.modules[module], attribute, None)
+    def assume(self, identity: dict[str, Any]) -> None:
+        """Set the clock, reseed every random generator, and tell the fork who it is.
 
-    os.makedirs(os.path.dirname(FORK_ID_FILE), exist_ok=True)
-    with open(FORK_ID_FILE, "w") as file:
-        file.write(fork_id)
-    os.environ["PAGEKIT_FORK_ID"] = fork_id
+        The kernel is given secret entropy and made to draw a new key from it at once: by itself it
+        would do so only after a minute.
+
+        Raises:
+            KeyError, ValueError, TypeError: the identity is incomplete or of the wrong shape.
+            OSError: the kernel refused.
+        """
+        fork_id, time_ns = str(identity["fork_id"]), int(identity["time_ns"])
+        entropy = binascii.a2b_base64(identity["entropy"])
+        if len(entropy) < 32:
+            raise ValueError(f"entropy of {len(entropy)} bytes is too little to make a fork unique")
+
+        time.clock_settime_ns(time.CLOCK_REALTIME, time_ns)
+        fcntl.ioctl(self._random, RNDADDENTROPY, struct.pack("ii", len(entropy) * 8, len(entropy)) + entropy)
+        fcntl.ioctl(self._random, RNDRESEEDCRNG)
+
+        random.seed(int.from_bytes(os.urandom(32), "little"))
+        # These two keep something random for the life of the process: the node in a uuid1 (multicast
+        # bit set, as RFC 9562 wants of a made-up one), and the names of temporary files.
+        if "uuid" in sys.modules:
+            sys.modules["uuid"]._node = random.getrandbits(48) | 1 << 40  # type: ignore[attr-defined]
+        if "tempfile" in sys.modules:
+            sys.modules["tempfile"]._name_sequence = None  # type: ignore[attr-defined]
+
+        os.environ["PAGEKIT_FORK_ID"] = fork_id
+        file = os.open(FORK_ID_FILE, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC)
+        os.write(file, fork_id.encode())
+        os.close(file)
 
 
 class Capture:
@@ -146,23 +158,27 @@ class Capture:
 
     def __init__(self) -> None:
         self._fd = os.memfd_create("output")
-        os.set_inheritable(self._fd, False)
+        self._open()
 
-    def __enter__(self) -> Capture:
-        # Requests may have closed or replaced sys.stdout and descriptor 1: both are set up anew.
+    def _open(self) -> None:
         os.dup2(self._fd, 1)
-        sys.stdout = io.TextIOWrapper(io.FileIO(1, "w", closefd=False), "utf-8", "backslashreplace", write_through=True)
-        return self
+        self._stream = io.TextIOWrapper(io.FileIO(1, "w", closefd=False), "utf-8", "backslashreplace", write_through=True)
+
+    def __enter__(self) -> None:
+        sys.stdout = self._stream
 
     def __exit__(self, *_: object) -> None:
-        try:
-            sys.stdout.flush()
-        except (OSError, ValueError):
-            pass  # closed by the code that ran
+        if self._stream.closed:
+            self._open()
+        else:
+            self._stream.flush()
 
     def text(self) -> str:
         """Return what was written since the last call, and forget it."""
-        written = os.pread(self._fd, os.fstat(self._fd).st_size, 0)
+        size = os.lseek(self._fd, 0, os.SEEK_CUR)
+        if not size:
+            return ""
+        written = os.pread(self._fd, size, 0)
         os.ftruncate(self._fd, 0)
         os.lseek(self._fd, 0, os.SEEK_SET)
         return written.decode(errors="replace")
@@ -178,6 +194,7 @@ class Agent:
             package = name.partition(".")[0]
             self.namespace[package] = sys.modules[package]
         self.namespace["data"] = make_data()
+        self.identity = Identity()
         self.capture = Capture()
 
     def answer(self, line: bytes) -> dict[str, Any]:
@@ -187,7 +204,7 @@ class Agent:
             request = json.loads(line)
             answer["id"] = request["id"]
             if "identity" in request:
-                become(request["identity"])
+                self.identity.assume(request["identity"])
             code = request["code"]
             if not isinstance(code, str):
                 raise TypeError(f"code is {type(code).__name__}, not text")

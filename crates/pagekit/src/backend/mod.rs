@@ -53,7 +53,12 @@ pub fn zero(uffd: &Userfaultfd, address: u64, len: u64) -> Resolution {
 }
 
 /// What a fill's progress means for the first page.
-fn settle(uffd: &Userfaultfd, address: u64, progress: uffd::Progress, done: Resolution) -> Resolution {
+fn settle(
+    uffd: &Userfaultfd,
+    address: u64,
+    progress: uffd::Progress,
+    done: Resolution,
+) -> Resolution {
     match progress.errno {
         None => done,
         // Stopped by a page that is there already, or by an event: the first page is done.

@@ -19,7 +19,13 @@ impl Backend for Share {
         "share"
     }
 
-    fn resolve(&self, uffd: &Userfaultfd, _cache: &CacheFile, address: u64, run: Run) -> Resolution {
+    fn resolve(
+        &self,
+        uffd: &Userfaultfd,
+        _cache: &CacheFile,
+        address: u64,
+        run: Run,
+    ) -> Resolution {
         // No error says that the target is gone: a wake-up of nobody succeeds.
         match uffd.wake(address, run.bytes()) {
             Ok(()) => Resolution::Shared,

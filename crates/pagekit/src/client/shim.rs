@@ -449,7 +449,8 @@ impl Service {
 }
 
 fn open_pidfd(pid: i32) -> Result<OwnedFd, String> {
-    let pid = rustix::process::Pid::from_raw(pid).ok_or("the client is in another pid namespace")?;
+    let pid =
+        rustix::process::Pid::from_raw(pid).ok_or("the client is in another pid namespace")?;
     pidfd_open(pid, PidfdFlags::empty())
         .map_err(|errno| format!("the client cannot be watched (pidfd_open): {errno}"))
 }

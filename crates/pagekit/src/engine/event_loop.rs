@@ -27,8 +27,8 @@ use rustix::event::Timespec;
 use rustix::io::Errno;
 use uffd::{Event, MessageBuffer};
 
-use super::target::{NewTarget, Target};
 use super::region::RegionMap;
+use super::target::{NewTarget, Target};
 use super::{after, Fault, Shared, TargetId, Token};
 
 /// Messages read at once: a read costs a system call, a message 32 bytes.
@@ -80,7 +80,11 @@ impl Loop<'_> {
             let left = until.saturating_duration_since(Instant::now());
             Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() }
         });
-        match epoll::wait(&self.shared.epoll, rustix::buffer::spare_capacity(ready), timeout.as_ref()) {
+        match epoll::wait(
+            &self.shared.epoll,
+            rustix::buffer::spare_capacity(ready),
+            timeout.as_ref(),
+        ) {
             Ok(_) | Err(Errno::INTR) => {}
             Err(errno) => {
                 // The set is ours and valid; should it ever fail, do not turn that into a busy loop.
@@ -161,11 +165,18 @@ impl Loop<'_> {
         for (uffd, regions) in children {
             self.adopt(target, uffd, regions);
         }
-        self.shared.faults.fetch_add(faults.len() as u64, Relaxed);
-        target.faults.fetch_add(faults.len() as u64, Relaxed);
         let any = !faults.is_empty();
         for address in faults {
-            target.serve(self.shared, Fault::new(address, now));
+            let fault = Fault::new(address, now);
+            match target.beacon == Some(fault.address) {
+                // A child asks who it is: no fault of the template's memory.
+                true => target.answer_beacon(self.shared, fault),
+                false => {
+                    self.shared.faults.fetch_add(1, Relaxed);
+                    target.faults.fetch_add(1, Relaxed);
+                    target.serve(self.shared, fault);
+                }
+            }
         }
         if events {
             target.hasten(now);
@@ -236,7 +247,8 @@ impl Loop<'_> {
             Ok(ready) => ready,
             Err(_) => return true,
         };
-        !ready.is_empty() || self.shared.targets().values().any(|target| target.next_due().is_some())
+        !ready.is_empty()
+            || self.shared.targets().values().any(|target| target.next_due().is_some())
     }
 
     /// Forgets targets whose address space is gone without a word.

@@ -143,7 +143,8 @@ impl Engine {
         };
         let shared = Arc::new(create().map_err(failed)?);
         let for_loop = Arc::clone(&shared);
-        let loop_thread = crate::thread::spawn("pk-loop", move || event_loop::run(&for_loop)).map_err(failed)?;
+        let loop_thread =
+            crate::thread::spawn("pk-loop", move || event_loop::run(&for_loop)).map_err(failed)?;
         Ok(Engine { shared, loop_thread: Mutex::new(Some(loop_thread)) })
     }
 

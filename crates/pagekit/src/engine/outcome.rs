@@ -167,7 +167,10 @@ mod tests {
             assert!(at >= last && at < BUCKETS);
             last = at;
             if (4..1 << 40).contains(&value) {
-                assert!(upper_edge(at) > value && upper_edge(at) <= value + value / 4 + 1, "{value}");
+                assert!(
+                    upper_edge(at) > value && upper_edge(at) <= value + value / 4 + 1,
+                    "{value}"
+                );
             }
         }
     }

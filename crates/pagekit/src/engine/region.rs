@@ -89,7 +89,8 @@ impl RegionMap {
     fn cut_out(&mut self, start: u64, end: u64) -> Vec<(u64, Piece)> {
         self.split(start);
         self.split(end);
-        let inside: Vec<u64> = self.pieces.range(start..end.max(start)).map(|(at, _)| *at).collect();
+        let inside: Vec<u64> =
+            self.pieces.range(start..end.max(start)).map(|(at, _)| *at).collect();
         inside.into_iter().filter_map(|at| Some((at, self.pieces.remove(&at)?))).collect()
     }
 

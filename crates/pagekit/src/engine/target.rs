@@ -226,7 +226,8 @@ impl Target {
                 }
                 match self.template.want(page, fault.window, || self.waiter(shared, &fault)) {
                     Want::Here => {
-                        let wanted = Run { start: page, pages: fault.window.min(place.bytes / PAGE) };
+                        let wanted =
+                            Run { start: page, pages: fault.window.min(place.bytes / PAGE) };
                         let run = self.template.present_from(wanted);
                         state.stream.next = run.end();
                         self.install(fault.address, run)
@@ -365,7 +366,8 @@ impl Target {
         ));
     }
 
-    fn answer_beacon(&self, shared: &Shared, fault: Fault) {
+    /// Answers a touch of the beacon page with the target's number.
+    pub(super) fn answer_beacon(&self, shared: &Shared, fault: Fault) {
         let mut page = [0; PAGE as usize];
         page[..8].copy_from_slice(&self.id.to_ne_bytes());
         let progress = self.uffd.copy(fault.address, &page);

@@ -82,7 +82,8 @@ impl Workers {
         };
         self.shared.changed.notify_all();
         drop(jobs);
-        let threads = std::mem::take(&mut *self.threads.lock().unwrap_or_else(PoisonError::into_inner));
+        let threads =
+            std::mem::take(&mut *self.threads.lock().unwrap_or_else(PoisonError::into_inner));
         for thread in threads {
             // A worker catches panics of its jobs; there is nothing left to learn from it.
             let _ = thread.join();

@@ -65,7 +65,12 @@ impl Source for Fail {
             return self.next.read(offset, buffer);
         }
         self.failed.fetch_add(1, Relaxed);
-        let what = format!("layer {} failed the read of {} pages at {}", self.name(), run.pages, run.start);
+        let what = format!(
+            "layer {} failed the read of {} pages at {}",
+            self.name(),
+            run.pages,
+            run.start
+        );
         match self.rule {
             Rule::Page(_) => Err(Error::Integrity { message: what }),
             _ => Err(Error::Unavailable { what, error: io::ErrorKind::TimedOut.into() }),

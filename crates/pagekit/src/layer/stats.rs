@@ -30,7 +30,11 @@ impl Stats {
         }
     }
 
-    fn count<T>(&self, bytes: usize, read: impl FnOnce() -> Result<Option<T>>) -> Result<Option<T>> {
+    fn count<T>(
+        &self,
+        bytes: usize,
+        read: impl FnOnce() -> Result<Option<T>>,
+    ) -> Result<Option<T>> {
         let began = Instant::now();
         let outcome = read();
         match &outcome {

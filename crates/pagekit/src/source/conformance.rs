@@ -24,7 +24,8 @@ pub(crate) fn check(source: &dyn Source, expected: &[u8]) {
     zero_runs_are_rising_and_true(source, expected);
 
     // Every page alone, then runs of several lengths at every offset that fits.
-    let content = |run: Run| &expected[run.offset() as usize..(run.offset() + run.bytes()) as usize];
+    let content =
+        |run: Run| &expected[run.offset() as usize..(run.offset() + run.bytes()) as usize];
     for length in [1, 2, 7, 16, pages] {
         for start in (0..=pages.saturating_sub(length)).step_by(length.min(5) as usize) {
             let run = Run { start, pages: length };

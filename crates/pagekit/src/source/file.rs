@@ -38,8 +38,7 @@ impl File {
     /// whole number of pages).
     pub fn open(path: &Path) -> Result<File> {
         let what = || format!("cannot open template file {}", path.display());
-        let handle =
-            Handle::open(path).map_err(|error| Error::Missing { what: what(), error })?;
+        let handle = Handle::open(path).map_err(|error| Error::Missing { what: what(), error })?;
         let opened_as =
             handle.metadata().map_err(|error| Error::Missing { what: what(), error })?;
         let refuse = |why: String, hint: &str| {
@@ -53,7 +52,10 @@ impl File {
         }
         if opened_as.len() % PAGE != 0 {
             return refuse(
-                format!("has {} bytes, which is no whole number of {PAGE}-byte pages", opened_as.len()),
+                format!(
+                    "has {} bytes, which is no whole number of {PAGE}-byte pages",
+                    opened_as.len()
+                ),
                 "it was cut short, or it is no memory image; make the snapshot again",
             );
         }
@@ -108,9 +110,10 @@ impl Source for File {
         match self.handle.read_exact_at(buffer, offset) {
             Ok(()) => Ok(Content::Bytes),
             Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Err(self.short(offset)),
-            Err(error) => {
-                Err(Error::Unavailable { what: format!("cannot read {}", self.path.display()), error })
-            }
+            Err(error) => Err(Error::Unavailable {
+                what: format!("cannot read {}", self.path.display()),
+                error,
+            }),
         }
     }
 

@@ -51,6 +51,16 @@ pub enum Protection {
     Seals,
 }
 
+impl Protection {
+    /// Its name for people.
+    pub fn name(self) -> &'static str {
+        match self {
+            Protection::ReadOnlyMount => "read-only mount",
+            Protection::Seals => "seals",
+        }
+    }
+}
+
 /// The file, our alias of it, and the userfaultfd through which the alias is filled.
 #[derive(Debug)]
 pub struct CacheFile {
@@ -144,7 +154,10 @@ impl CacheFile {
 
     /// Where present pages of `run` can be read in this process, for filling targets.
     pub fn address(&self, run: Run) -> *const u8 {
-        assert!(run.offset() + run.bytes() <= self.alias.bytes as u64, "{run:?} is inside the file");
+        assert!(
+            run.offset() + run.bytes() <= self.alias.bytes as u64,
+            "{run:?} is inside the file"
+        );
         // SAFETY: inside the mapping, as just checked.
         unsafe { self.alias.start.as_ptr().add(run.offset() as usize) }
     }
@@ -229,7 +242,9 @@ impl CacheFile {
         // SAFETY: inside the mapping; without a publisher nobody maps the file before it is loaded.
         unsafe {
             match content {
-                Some(bytes) => std::ptr::copy_nonoverlapping(bytes.as_ptr(), to, run.bytes() as usize),
+                Some(bytes) => {
+                    std::ptr::copy_nonoverlapping(bytes.as_ptr(), to, run.bytes() as usize)
+                }
                 None => std::ptr::write_bytes(to, 0, run.bytes() as usize),
             }
         }

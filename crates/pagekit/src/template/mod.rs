@@ -96,6 +96,8 @@ pub struct Statistics {
     pub failures: u64,
     /// Bytes that the reads brought.
     pub bytes_read: u64,
+    /// What keeps clients from writing the shared file: `read-only mount` or `seals`.
+    pub protection: &'static str,
     /// Why nothing is served any more, if so.
     pub damaged: Option<String>,
     /// What the pieces of the stack count.
@@ -177,12 +179,7 @@ impl Template {
     /// Asks for `page`. If it is neither here nor zero, a `waiter` is made and called when a fetch
     /// ends, and the fetch covers up to `window` pages around and behind it, as far as they are
     /// absent.
-    pub fn want(
-        self: &Arc<Self>,
-        page: u64,
-        window: u64,
-        waiter: impl FnOnce() -> Waiter,
-    ) -> Want {
+    pub fn want(self: &Arc<Self>, page: u64, window: u64, waiter: impl FnOnce() -> Waiter) -> Want {
         if self.present.contains(page) {
             return Want::Here;
         }
@@ -223,7 +220,11 @@ impl Template {
     pub fn read(self: &Arc<Self>, offset: u64, buffer: &mut [u8]) -> Result<(), Arc<Error>> {
         if offset.checked_add(buffer.len() as u64).is_none_or(|end| end > self.size()) {
             return Err(Arc::new(Error::usage(
-                format!("{} bytes at {offset} reach beyond the template's {}", buffer.len(), self.size()),
+                format!(
+                    "{} bytes at {offset} reach beyond the template's {}",
+                    buffer.len(),
+                    self.size()
+                ),
                 "read inside the template",
             )));
         }
@@ -289,6 +290,7 @@ impl Template {
             fetches: self.counters.fetches.load(Relaxed),
             failures: self.counters.failures.load(Relaxed),
             bytes_read: self.counters.bytes_read.load(Relaxed),
+            protection: self.cache.protection().name(),
             damaged: self.damaged.get().map(|error| error.to_string()),
             stack: self.stack.statistics(),
         }
@@ -300,7 +302,7 @@ impl Template {
         let (sender, receiver) = std::sync::mpsc::sync_channel(1);
         let waiter: Waiter = Box::new(move |outcome| {
             // The receiver lives until it got this one message.
-            let _ = sender.send(outcome.as_ref().map(|()| ()).map_err(Arc::clone));
+            let _ = sender.send(outcome.clone());
         });
         match self.want(page, 256, || waiter) {
             Want::Here => return Ok(None),
@@ -451,8 +453,10 @@ impl Fetch {
 impl Drop for Fetch {
     fn drop(&mut self) {
         if !self.ended {
-            let message =
-                format!("the fetch of {} pages at page {} was given up", self.run.pages, self.run.start);
+            let message = format!(
+                "the fetch of {} pages at page {} was given up",
+                self.run.pages, self.run.start
+            );
             self.end(Err(Arc::new(Error::Integrity { message })));
         }
     }
@@ -478,7 +482,9 @@ pub fn zero_parts(template: &Template, run: Run, most: usize) -> Vec<Run> {
     let mut zeros: Vec<Run> = template
         .zero_runs()
         .iter()
-        .map(|zero| Run::between(zero.start.max(run.start), zero.end().min(run.end()).max(run.start)))
+        .map(|zero| {
+            Run::between(zero.start.max(run.start), zero.end().min(run.end()).max(run.start))
+        })
         .filter(|zero| zero.pages > 0)
         .collect();
     if zeros.len() > most {
