@@ -49,7 +49,9 @@ pub(crate) fn read() {
     if let Some(owner) = variable("PAGEKIT_OWNER") {
         match owner.to_str().and_then(|text| text.parse().ok()) {
             Some(owner) => crate::watch::owner(owner),
-            None => crate::end(&format!("PAGEKIT_OWNER={} is no process id", owner.to_string_lossy())),
+            None => {
+                crate::end(&format!("PAGEKIT_OWNER={} is no process id", owner.to_string_lossy()))
+            }
         }
     }
 }

@@ -119,6 +119,7 @@ class Identity:
     def __init__(self) -> None:
         self._random = os.open("/dev/random", os.O_WRONLY | os.O_CLOEXEC)
         os.makedirs(os.path.dirname(FORK_ID_FILE), exist_ok=True)
+        self._file = os.open(FORK_ID_FILE, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC)
 
     def assume(self, identity: dict[str, Any]) -> None:
         """Set the clock, reseed every random generator, and tell the fork who it is.
@@ -148,9 +149,9 @@ class Identity:
             sys.modules["tempfile"]._name_sequence = None  # type: ignore[attr-defined]
 
         os.environ["PAGEKIT_FORK_ID"] = fork_id
-        file = os.open(FORK_ID_FILE, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC)
-        os.write(file, fork_id.encode())
-        os.close(file)
+        encoded = fork_id.encode()
+        os.pwrite(self._file, encoded, 0)
+        os.ftruncate(self._file, len(encoded))
 
 
 class Capture:

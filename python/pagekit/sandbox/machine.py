@@ -7,6 +7,7 @@ screen has no use for is left out, for milliseconds of QEMU's start and of the g
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 
 from .guest_agent import PORT_NAME
@@ -52,13 +53,12 @@ def fill(arguments: tuple[str, ...] | list[str], values: Mapping[str, str]) -> l
     QEMU separates options by commas, and takes two for one that is meant. In arguments that are JSON
     it does not.
     """
-    filled = []
-    for argument in arguments:
-        for name, value in values.items():
-            if argument.startswith("{"):
-                text = json.dumps(value)[1:-1]
-            else:
-                text = value.replace(",", ",,")
-            argument = argument.replace("{" + name + "}", text)
-        filled.append(argument)
-    return filled
+
+    def put(argument: str) -> str:
+        def value(found: re.Match[str]) -> str:
+            text = values[found[1]]
+            return json.dumps(text)[1:-1] if argument.startswith("{") else text.replace(",", ",,")
+
+        return re.sub(r"\{(" + "|".join(values) + r")\}", value, argument)
+
+    return [put(argument) for argument in arguments]

@@ -7,21 +7,18 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ..errors import SandboxError
 from .channel import Channel, Closed, Malformed
 
 
-class QmpError(SandboxError):
-    """QEMU refused a command, or stopped answering.
+class QmpError(Exception):
+    """QEMU refused a command, or stopped answering. Callers say what that means to theirs.
 
-    ``reason`` is QEMU's own description; ``closed`` says that QEMU is no longer there.
+    ``closed`` says that QEMU is no longer there.
     """
 
-    def __init__(
-        self, message: str, *, hint: str | None = None, reason: str = "", closed: bool = False
-    ) -> None:
-        super().__init__(message, hint=hint)
-        self.reason = reason
+    def __init__(self, message: str, *, hint: str | None = None, closed: bool = False) -> None:
+        super().__init__(message)
+        self.hint = hint
         self.closed = closed
 
 
@@ -130,7 +127,7 @@ class Qmp:
             return message["return"]
         elif "error" in message:
             reason = str(message["error"].get("desc", message["error"]))
-            raise QmpError(f"QEMU refused {self._answered()}: {reason}", reason=reason)
+            raise QmpError(f"QEMU refused {self._answered()}: {reason}")
         return None
 
     def _answered(self) -> str:

@@ -1,14 +1,15 @@
 """Run directories: what a sandbox needs on disk while it runs, gone when it is.
 
 A run directory is private (mode 0700) and locked by the process that made it, with flock(2) on the
-directory itself, so that the lock goes when the process does, however it ends. Whoever makes a new
-one first sweeps away those of processes that are gone.
+directory itself, so that the lock goes when the process does, however it ends. A process
+that makes its first one sweeps away those of processes that are gone.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import os
 import shutil
 import tempfile
@@ -33,7 +34,7 @@ class RunDirectory:
     def __init__(self) -> None:
         try:
             place = Path(tempfile.gettempdir())
-            sweep(place)
+            _sweep_once(place)
             self.path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=place))
             lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -53,6 +54,11 @@ class RunDirectory:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+@functools.cache
+def _sweep_once(place: Path) -> None:
+    sweep(place)
 
 
 def sweep(place: Path) -> list[Path]:

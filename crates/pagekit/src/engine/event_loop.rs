@@ -18,7 +18,7 @@
 //!   cost, longer where that succeeds. Between faults the loop sleeps: an idle server costs nothing.
 
 use std::mem::MaybeUninit;
-use std::sync::atomic::Ordering::Relaxed;
+use std::sync::atomic::Ordering::{AcqRel, Relaxed, Release};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -201,6 +201,9 @@ impl Loop<'_> {
 
     /// Tries deferred faults again, and says when the next one is due.
     fn retry_deferred(&self) -> Option<Instant> {
+        if !self.shared.deferred.swap(false, AcqRel) {
+            return None;
+        }
         let targets: Vec<_> = self.shared.targets().values().cloned().collect();
         let mut next: Option<Instant> = None;
         for target in targets {
@@ -208,6 +211,9 @@ impl Loop<'_> {
                 target.serve(self.shared, fault);
             }
             next = [next, target.next_due()].into_iter().flatten().min();
+        }
+        if next.is_some() {
+            self.shared.deferred.store(true, Release);
         }
         next
     }
@@ -247,8 +253,7 @@ impl Loop<'_> {
             Ok(ready) => ready,
             Err(_) => return true,
         };
-        !ready.is_empty()
-            || self.shared.targets().values().any(|target| target.next_due().is_some())
+        !ready.is_empty() || self.shared.deferred.load(Relaxed)
     }
 
     /// Forgets targets whose address space is gone without a word.

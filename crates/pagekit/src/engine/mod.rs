@@ -82,6 +82,8 @@ pub(crate) struct Shared {
     fewer_targets: Condvar,
     ever: AtomicU64,
     faults: AtomicU64,
+    /// Whether a target may have deferred faults, so that the loop need not look for them in vain.
+    deferred: AtomicBool,
     outcomes: Arc<Outcomes>,
     reports: Mutex<Vec<String>>,
     workers: Workers,
@@ -135,6 +137,7 @@ impl Engine {
                 fewer_targets: Condvar::new(),
                 ever: AtomicU64::new(0),
                 faults: AtomicU64::new(0),
+                deferred: AtomicBool::new(false),
                 outcomes: Arc::default(),
                 reports: Mutex::default(),
                 workers: Workers::start()?,

@@ -1,7 +1,10 @@
 //! One target: a process whose faults are served, and everything that is known of it.
 
 use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{
+    AtomicBool, AtomicU64,
+    Ordering::{Relaxed, Release},
+};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -319,6 +322,7 @@ impl Target {
         fault.due = Instant::now() + Duration::from_micros(100 << fault.attempts.min(6));
         fault.attempts += 1;
         lock(&self.deferred).push(fault);
+        shared.deferred.store(true, Release);
         shared.poke();
     }
 
