@@ -146,13 +146,43 @@ def make_memory(
 # Programs that map them
 
 
-def target_command(code: str, stub: Path, memory: Memory, *arguments: object) -> list[str]:
+def target_command(
+    code: str, stub: Path, memory: Memory, *arguments: object, python: str = sys.executable
+) -> list[str]:
     """A Python program that maps ``stub``: tests/programs/prelude.py, then ``code``."""
     prelude = (PROGRAMS / "prelude.py").read_text()
     return [
-        *(sys.executable, "-I", "-S", "-c", f"{prelude}\n{code}"),
+        *(python, "-I", "-S", "-c", f"{prelude}\n{code}"),
         *(str(stub), str(memory.path), *map(str, arguments)),
     ]
+
+
+class Nobody:
+    """Another user, with copies of what it may not reach where it is installed."""
+
+    def __init__(self, directory: Path) -> None:
+        need_root()
+        self.who = {"user": NOBODY, "group": NOBODY, "extra_groups": []}
+        known = [sys.executable, "/usr/bin/python3", "/usr/local/bin/python3"]
+        found = next((python for python in known if self.may_run(python)), None)
+        need("a Python for everybody", found, "only root can run the Python at hand")
+        self.python = str(found)
+        self.server = Path(shutil.copy(server_program(), directory))
+        self.shim = Path(shutil.copy(shim_path(), directory))
+
+    def may_run(self, python: str) -> bool:
+        with suppress(OSError):
+            return subprocess.run([python, "-c", ""], **self.who).returncode == 0  # type: ignore
+        return False
+
+    def run(self, daemon: Daemon, code: str, memory: Memory, status: int = 0) -> tuple[str, str]:
+        """Runs a Python target as this user."""
+        stub = memory.stub("nobodys")
+        environment = daemon.environment(stub) | {"LD_PRELOAD": str(self.shim)}
+        command = target_command(code, stub, memory, python=self.python)
+        process = start(command, environment, **self.who)
+        with stopping(process):
+            return ended(process, status)
 
 
 def ended(process: subprocess.Popen[str], status: int | None = 0) -> tuple[str, str]:
@@ -243,10 +273,11 @@ class Daemon:
         socket: Path,
         *options: object,
         prefix: Sequence[object] = (),
+        program: Path | None = None,
         **more: Any,
     ) -> None:
         self.socket = socket
-        command = [*prefix, server_program(), spec, "--socket", socket, "--json", *options]
+        command = [*prefix, program or server_program(), spec, "--socket", socket, "--json", *options]
         self.process = start(command, {}, **more)
         line = self.process.stdout.readline()
         if not line:
@@ -276,9 +307,14 @@ class Daemon:
             pass
 
 
-def refused(*arguments: object, prefix: Sequence[object] = (), **more: Any) -> tuple[int, str]:
+def refused(
+    *arguments: object,
+    prefix: Sequence[object] = (),
+    program: Path | None = None,
+    **more: Any,
+) -> tuple[int, str]:
     """Runs the server program with arguments that it must refuse: its status, and what it said."""
-    process = start([*prefix, server_program(), *arguments], {}, **more)
+    process = start([*prefix, program or server_program(), *arguments], {}, **more)
     with stopping(process):
         out, err = ended(process, None)
         assert out == "", out
@@ -380,3 +416,11 @@ def sysctl(name: str, value: str) -> Iterator[None]:
         yield
     finally:
         path.write_text(before)
+
+
+@contextmanager
+def reachable_directory() -> Iterator[Path]:
+    """A short-named directory that other users can enter (pytest's own they cannot)."""
+    with tempfile.TemporaryDirectory(prefix="pk-test-") as name:
+        Path(name).chmod(0o755)
+        yield Path(name)

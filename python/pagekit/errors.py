@@ -21,6 +21,7 @@
     │  ├─ BootFailed                  the guest or its VMM did not come up in time
     │  ├─ ForkDied                    a running sandbox ended; the message says why
     │  ├─ AgentError                  the program in the guest did not answer as it must
+    │  ├─ CodeError                   code that ran in a sandbox raised; its traceback is kept
     │  └─ SnapshotError               a snapshot directory is damaged or cannot be made
     └─ InternalError                  a bug in pagekit, please report it
 
@@ -130,11 +131,30 @@ class BootFailed(SandboxError):
 
 
 class ForkDied(SandboxError):
-    """A running sandbox ended; the message says why."""
+    """A running sandbox ended; the message says why.
+
+    ``status`` is the exit status of its VMM, or minus the signal that ended it (None: unknown);
+    ``log`` is the end of what the VMM wrote to standard error.
+    """
+
+    def __init__(
+        self, message: str, *, hint: str | None = None, status: int | None = None, log: str = ""
+    ) -> None:
+        super().__init__(message, hint=hint)
+        self.status = status
+        self.log = log
 
 
 class AgentError(SandboxError):
     """The program in the guest did not answer as it must."""
+
+
+class CodeError(SandboxError):
+    """Code that ran in a sandbox raised; ``traceback`` is what Python printed about it there."""
+
+    def __init__(self, message: str, *, hint: str | None = None, traceback: str = "") -> None:
+        super().__init__(message, hint=hint)
+        self.traceback = traceback
 
 
 class SnapshotError(SandboxError):

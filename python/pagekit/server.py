@@ -23,23 +23,34 @@ class Server:
 
     Args:
         template: what to serve. It must stay open as long as the server.
-        socket: path of the Unix socket to make, 107 bytes at most; only this user can connect.
+        socket: path of the Unix socket to make, 107 bytes at most; only this user can connect,
+            unless ``owner`` or ``mode`` say otherwise.
         backend: ``share``, ``copy``, ``plain``, or ``auto``, which takes the best that works here
             (see :attr:`backend` and :attr:`reason`).
+        owner: user id, or (user id, group id), to give the socket to: the one that the programs run
+            as, where that is another one.
+        mode: permissions of the socket.
 
     Raises:
         AddressInUse: another server answers at ``socket``.
-        PermissionDenied: a served backend was asked for, and userfaultfd is not to be had; the hint
-            names the knob.
+        PermissionDenied: a served backend was asked for, and userfaultfd is not to be had (the hint
+            names the knob); or the socket may not be given to ``owner``.
         UsageError: no such backend.
     """
 
     def __init__(
-        self, template: Template, socket: str | os.PathLike[str], *, backend: str = "auto"
+        self,
+        template: Template,
+        socket: str | os.PathLike[str],
+        *,
+        backend: str = "auto",
+        owner: int | tuple[int, int] | None = None,
+        mode: int = 0o600,
     ) -> None:
         self.template = template
         self.socket = Path(socket)
-        self._core = core().Server(template._core, self.socket, backend)
+        given_to = (owner, None) if isinstance(owner, int) else owner
+        self._core = core().Server(template._core, self.socket, backend, given_to, mode)
         self.backend, self.reason = self._core.backend()
         """How programs get the memory (``share``, ``copy`` or ``plain``), and why."""
 

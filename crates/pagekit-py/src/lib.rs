@@ -125,10 +125,13 @@ impl Server {
         template: &Template,
         socket: PathBuf,
         backend: &str,
+        owner: Option<(u32, Option<u32>)>,
+        mode: u32,
     ) -> PyResult<Server> {
         let template = template.get()?;
+        let socket = server::Address { path: socket, owner, mode };
         let server = py
-            .detach(|| server::Server::start(template, delivery(), &socket, backend))
+            .detach(|| server::Server::start(template, delivery(), socket, backend))
             .map_err(|error| raised(py, &error))?;
         Ok(Server(std::sync::Mutex::new(Some(Arc::new(server)))))
     }

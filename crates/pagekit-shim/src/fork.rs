@@ -9,7 +9,7 @@
 //!   for a descriptor of it before it runs a line of the program, and watches the server as its
 //!   parent does. (The parent's descriptors that it inherited are of the parent's memory.)
 //! - The event does not say which process the child is. The child reads its target's number from the
-//!   beacon: a page that is missing until somebody touches it.
+//!   beacon: a page that it drops first, so that it is missing.
 //! - `vfork` and `posix_spawn` run in the parent's memory until exec: nothing to do. Exec closes
 //!   everything; a new program of the same environment attaches anew.
 
@@ -79,15 +79,18 @@ fn introduce(beacon: u64) -> Result<(u64, Userfaultfd), String> {
     else {
         return Err("it has no server".to_owned());
     };
+    // The parent's number is there if somebody touched the page in it: the parent itself after its
+    // own birth, or `mlockall`. (A child's memory is never locked, so this does not fail.)
+    // SAFETY: our own page.
+    unsafe { real_madvise(beacon as _, PAGE as usize, libc::MADV_DONTNEED) };
     // SAFETY: the beacon is mapped and readable; the server answers the fault with our number.
     let target = unsafe { std::ptr::read_volatile(beacon as *const u64) };
-    // SAFETY: our own page; emptied, so that children of this child find it untouched.
-    unsafe { real_madvise(beacon as _, PAGE as usize, libc::MADV_DONTNEED) };
     let connection = Connection::open(socket)?;
     let (answer, mut descriptors) = connection.ask(&Message::Child { target }, None)?;
     match (answer, descriptors.pop()) {
         (Message::Holder, Some(descriptor)) => {
-            crate::watch::server(connection)?;
+            let held = descriptor.try_clone().map_err(|error| error.to_string())?;
+            crate::watch::server(connection, held)?;
             Ok((target, Userfaultfd::from(descriptor)))
         }
         (other, _) => Err(format!("the server answered {other:?}")),

@@ -1,7 +1,7 @@
 //! The functions of libc that are replaced.
 //!
-//! What is not ours passes on after one or two comparisons: anonymous and shared mappings, and every
-//! `madvise` of a process without a region. A private file mapping costs an `fstat` more.
+//! What is not ours passes on after one or two comparisons: anonymous mappings, and everything else
+//! about memory in a process without a region. A file mapping costs an `fstat` more.
 //!
 //! The next definition of each function is looked up, so other preloaded libraries keep working.
 //! glibc's own allocator does not come through here: it calls its internal functions.
@@ -54,10 +54,14 @@ impl Real {
 }
 
 type Mmap = unsafe extern "C" fn(*mut c_void, size_t, c_int, c_int, c_int, off_t) -> *mut c_void;
+type Munmap = unsafe extern "C" fn(*mut c_void, size_t) -> c_int;
+type Mremap = unsafe extern "C" fn(*mut c_void, size_t, size_t, c_int, *mut c_void) -> *mut c_void;
 type Madvise = unsafe extern "C" fn(*mut c_void, size_t, c_int) -> c_int;
 type Fallocate = unsafe extern "C" fn(c_int, c_int, off_t, off_t) -> c_int;
 
 static MMAP: Real = Real::new(c"mmap");
+static MUNMAP: Real = Real::new(c"munmap");
+static MREMAP: Real = Real::new(c"mremap");
 static MADVISE: Real = Real::new(c"madvise");
 static FALLOCATE: Real = Real::new(c"fallocate");
 
@@ -123,7 +127,17 @@ pub unsafe extern "C" fn mmap(
 ) -> *mut c_void {
     let Some(settings) = ours(flags, descriptor) else {
         // SAFETY: the caller's own call.
-        return unsafe { real_mmap(address, length, protection, flags, descriptor, offset) };
+        let pass_on =
+            || unsafe { real_mmap(address, length, protection, flags, descriptor, offset) };
+        if flags & libc::MAP_FIXED == 0 || !region::any() {
+            return pass_on();
+        }
+        let mut mapped = libc::MAP_FAILED;
+        region::replacing(address as u64, length as u64, || {
+            mapped = pass_on();
+            mapped != libc::MAP_FAILED
+        });
+        return mapped;
     };
     let wanted = region::Wanted { address, length, protection, flags, offset: offset as u64 };
     match region::map(settings, &wanted) {
@@ -151,6 +165,66 @@ pub unsafe extern "C" fn mmap64(
 ) -> *mut c_void {
     // SAFETY: the caller's own call.
     unsafe { mmap(address, length, protection, flags, descriptor, offset) }
+}
+
+/// Replaces libc's.
+///
+/// # Safety
+/// As `munmap(2)`.
+#[no_mangle]
+pub unsafe extern "C" fn munmap(address: *mut c_void, length: size_t) -> c_int {
+    // SAFETY: the symbol has this type; the caller's own call.
+    let pass_on = || unsafe {
+        let real: Munmap = std::mem::transmute(MUNMAP.get());
+        real(address, length)
+    };
+    if !region::any() {
+        return pass_on();
+    }
+    let mut outcome = -1;
+    region::replacing(address as u64, length as u64, || {
+        outcome = pass_on();
+        outcome == 0
+    });
+    outcome
+}
+
+/// Replaces libc's, whose last argument is there with MREMAP_FIXED only; read without, it is any
+/// value, and passed on as such.
+///
+/// # Safety
+/// As `mremap(2)`.
+#[no_mangle]
+pub unsafe extern "C" fn mremap(
+    address: *mut c_void,
+    old_length: size_t,
+    new_length: size_t,
+    flags: c_int,
+    new_address: *mut c_void,
+) -> *mut c_void {
+    // SAFETY: the symbol has this type as far as registers go; the caller's own call.
+    let pass_on = || unsafe {
+        let real: Mremap = std::mem::transmute(MREMAP.get());
+        real(address, old_length, new_length, flags, new_address)
+    };
+    if !region::any() {
+        return pass_on();
+    }
+    let wanted = region::Move {
+        from: address as u64,
+        old_length: old_length as u64,
+        new_length: new_length as u64,
+        flags,
+    };
+    let mut moved = libc::MAP_FAILED;
+    let outcome = region::moving(&wanted, || {
+        moved = pass_on();
+        (moved != libc::MAP_FAILED).then_some(moved as u64)
+    });
+    if let Err(errno) = outcome {
+        fail(errno);
+    }
+    moved
 }
 
 /// Replaces libc's.

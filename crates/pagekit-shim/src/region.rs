@@ -15,6 +15,9 @@
 //! own for each page given back.
 //!
 //! Huge pages are refused silently: writing one byte of a zero run would take 2 MiB.
+//!
+//! What the program unmaps, moves or maps over is followed, so that addresses that are used again are
+//! never taken for ours. A region cannot grow, and cannot be moved while staying where it was.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
@@ -55,14 +58,43 @@ impl From<String> for Refusal {
 /// A mapping of ours.
 #[derive(Debug)]
 pub(crate) struct Region {
-    start: u64,
-    /// What it maps of the file.
-    run: Run,
+    /// What is left of it; one piece, unless the program took out a part.
+    pieces: Vec<Piece>,
     protection: c_int,
     /// None in a plain mapping.
     pub(crate) served: Option<Served>,
     /// Runs of the file that the program punched, rising.
     punched: Vec<Run>,
+}
+
+/// Addresses, and what they map of the file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Piece {
+    start: u64,
+    run: Run,
+}
+
+impl Piece {
+    fn end(&self) -> u64 {
+        self.start + self.run.bytes()
+    }
+
+    fn touches(&self, start: u64, end: u64) -> bool {
+        start < self.end() && end > self.start
+    }
+
+    fn address_of(&self, page: u64) -> u64 {
+        self.start + (page - self.run.start) * PAGE
+    }
+
+    /// The part between two addresses, if there is any; whole pages.
+    fn part(&self, start: u64, end: u64) -> Option<Piece> {
+        let first = (start.max(self.start) - self.start) / PAGE;
+        let last = (end.min(self.end()).saturating_sub(self.start)).div_ceil(PAGE);
+        let run = Run::between(self.run.start + first, self.run.start + last);
+        (self.touches(start, end) && run.pages > 0)
+            .then(|| Piece { start: self.start + first * PAGE, run })
+    }
 }
 
 /// What keeps a region served.
@@ -112,14 +144,81 @@ pub(crate) fn map(settings: &Settings, wanted: &Wanted) -> Result<*mut c_void, R
             };
             let offer = Offer { mapping, fork_events, zero_runs, descriptors };
             let region = accept(offer, wanted, &connection)?;
-            crate::watch::server(connection)?;
+            if let Some(served) = &region.served {
+                let held = served.uffd.as_fd().try_clone_to_owned();
+                crate::watch::server(connection, held.map_err(|error| error.to_string())?)?;
+            }
             region
         }
     };
-    let start = region.start;
-    all().push(region);
+    let mut regions = all();
+    let Some(Piece { start, run }) = region.pieces.first().copied() else {
+        return Err("a mapping without pages".to_owned().into());
+    };
+    // What was mapped there before, if anything, is not any more.
+    cut_out(&mut regions, start, start + run.bytes());
+    regions.push(region);
     ANY.store(true, Relaxed);
     Ok(start as *mut c_void)
+}
+
+/// Does what gives the addresses from `start` on to somebody else, and forgets what was there.
+pub(crate) fn replacing(start: u64, length: u64, replace: impl FnOnce() -> bool) {
+    // Held meanwhile: a region made at these addresses right after is not the one to forget.
+    let mut regions = all();
+    if replace() {
+        cut_out(&mut regions, start, start.saturating_add(length.next_multiple_of(PAGE)));
+    }
+}
+
+/// The program's `mremap`.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Move {
+    pub(crate) from: u64,
+    pub(crate) old_length: u64,
+    pub(crate) new_length: u64,
+    pub(crate) flags: c_int,
+}
+
+/// Moves or shrinks a mapping by `remap`, which gives the new address; an errno if it cannot be done.
+pub(crate) fn moving(wanted: &Move, remap: impl FnOnce() -> Option<u64>) -> Result<(), c_int> {
+    let mut regions = all();
+    let old_end = wanted.from.saturating_add(wanted.old_length);
+    let touched = regions
+        .iter()
+        .any(|region| region.pieces.iter().any(|piece| piece.touches(wanted.from, old_end)));
+    if touched && wanted.flags & libc::MREMAP_DONTUNMAP != 0 {
+        return Err(libc::EINVAL);
+    }
+    let grows = wanted.new_length.div_ceil(PAGE) > wanted.old_length.div_ceil(PAGE);
+    if touched && grows {
+        crate::say("a mapping that is served cannot grow");
+        return Err(libc::ENOMEM);
+    }
+    let Some(to) = remap() else { return Ok(()) };
+    let length = wanted.new_length.next_multiple_of(PAGE);
+    if to == wanted.from {
+        cut_out(&mut regions, to.saturating_add(length), old_end.next_multiple_of(PAGE));
+        return Ok(());
+    }
+    cut_out(&mut regions, to, to.saturating_add(length));
+    for region in regions.iter_mut() {
+        let moved = region.cut_out(wanted.from, old_end.next_multiple_of(PAGE));
+        let kept = moved.iter().filter_map(|piece| piece.part(0, wanted.from + length));
+        region.pieces.extend(
+            kept.map(|piece| Piece { start: piece.start - wanted.from + to, run: piece.run }),
+        );
+    }
+    Ok(())
+}
+
+/// Forgets what is mapped between two addresses.
+fn cut_out(regions: &mut Vec<Region>, start: u64, end: u64) {
+    regions.retain_mut(|region| {
+        let cut = region.cut_out(start, end);
+        // One that was just unmapped entirely is over; the server hears of it by itself.
+        cut.is_empty() || !region.pieces.is_empty()
+    });
 }
 
 struct Offer {
@@ -140,7 +239,12 @@ fn map_plain(file: impl AsFd, wanted: &Wanted) -> Result<Region, Refusal> {
     let start = new_mapping(wanted, wanted.protection, wanted.flags, Some(&file), wanted.offset)?;
     let pages = (wanted.length as u64).div_ceil(PAGE);
     let run = Run { start: wanted.offset / PAGE, pages };
-    Ok(Region { start, run, protection: wanted.protection, served: None, punched: Vec::new() })
+    Ok(Region {
+        pieces: vec![Piece { start, run }],
+        protection: wanted.protection,
+        served: None,
+        punched: Vec::new(),
+    })
 }
 
 fn accept(offer: Offer, wanted: &Wanted, connection: &Connection) -> Result<Region, Refusal> {
@@ -159,10 +263,10 @@ fn accept(offer: Offer, wanted: &Wanted, connection: &Connection) -> Result<Regi
     // MAP_POPULATE and MAP_LOCKED would touch pages before they are registered.
     let flags = wanted.flags & !(libc::MAP_POPULATE | libc::MAP_LOCKED);
     let start = new_mapping(wanted, libc::PROT_NONE, flags, file.as_ref(), wanted.offset)?;
-    let address_of = |page: u64| start + (page - run.start) * PAGE;
+    let piece = Piece { start, run };
     if file.is_some() {
         for zero in &offer.zero_runs {
-            map_anonymous(address_of(zero.start), zero.bytes(), libc::PROT_NONE)?;
+            map_anonymous(piece.address_of(zero.start), zero.bytes(), libc::PROT_NONE)?;
         }
     }
     advise_all(start, run.bytes(), libc::MADV_NOHUGEPAGE)?;
@@ -188,7 +292,7 @@ fn accept(offer: Offer, wanted: &Wanted, connection: &Connection) -> Result<Regi
             .map_err(|error| format!("{bytes} bytes at {start:#x} cannot be registered: {error}"))
     };
     for part in complement(run, &offer.zero_runs) {
-        register(address_of(part.start), part.bytes())?;
+        register(piece.address_of(part.start), part.bytes())?;
     }
     if let Some(beacon) = beacon {
         register(beacon, PAGE)?;
@@ -200,8 +304,7 @@ fn accept(offer: Offer, wanted: &Wanted, connection: &Connection) -> Result<Regi
     }
     let served = Served { uffd, target, beacon, zero_runs: offer.zero_runs };
     Ok(Region {
-        start,
-        run,
+        pieces: vec![piece],
         protection: wanted.protection,
         served: Some(served),
         punched: Vec::new(),
@@ -292,8 +395,7 @@ const MADV_DONTNEED_LOCKED: c_int = 24;
 pub(crate) fn advise(start: u64, length: u64, advice: c_int) -> Advised {
     let end = start.saturating_add(length);
     let regions = all();
-    let touched =
-        |region: &&Region| start < region.start + region.run.bytes() && end > region.start;
+    let touched = |region: &&Region| region.pieces.iter().any(|piece| piece.touches(start, end));
     if !regions.iter().any(|region| touched(&region)) {
         return Advised::PassOn;
     }
@@ -349,56 +451,72 @@ impl Region {
         self.served.as_ref().is_some_and(|served| served.beacon.is_none())
     }
 
+    /// Takes out what lies between two addresses, and gives it.
+    fn cut_out(&mut self, start: u64, end: u64) -> Vec<Piece> {
+        let mut rest = Vec::with_capacity(self.pieces.len() + 1);
+        let mut cut = Vec::new();
+        for piece in std::mem::take(&mut self.pieces) {
+            match piece.part(start, end) {
+                Some(part) => {
+                    rest.extend(piece.part(0, part.start));
+                    rest.extend(piece.part(part.end(), u64::MAX));
+                    cut.push(part);
+                }
+                None => rest.push(piece),
+            }
+        }
+        self.pieces = rest;
+        cut
+    }
+
     /// After the pages between `start` and `end` were dropped: zeros where the file has holes now.
     fn zero_what_is_punched(&self, start: u64, end: u64, advice: c_int) -> Result<(), String> {
-        let first = start.max(self.start);
-        let last = end.min(self.start + self.run.bytes());
-        let dropped = Run::between(
-            self.run.start + (first - self.start) / PAGE,
-            self.run.start + (last - self.start).div_ceil(PAGE),
-        );
-        let from = self.punched.partition_point(|hole| hole.end() <= dropped.start);
-        for hole in self.punched[from..].iter().take_while(|hole| hole.start < dropped.end()) {
-            let hole = Run::between(hole.start.max(dropped.start), hole.end().min(dropped.end()));
-            match &self.served {
-                // Zero runs are anonymous: they read zero after a drop by themselves.
-                Some(served) => {
-                    for part in complement(hole, &served.zero_runs) {
-                        self.install_zeros(&served.uffd, part, advice)?;
+        for dropped in self.pieces.iter().filter_map(|piece| piece.part(start, end)) {
+            let from = self.punched.partition_point(|hole| hole.end() <= dropped.run.start);
+            let holes = self.punched[from..].iter();
+            for hole in holes.take_while(|hole| hole.start < dropped.run.end()) {
+                let first = hole.start.max(dropped.run.start);
+                let hole = Run::between(first, hole.end().min(dropped.run.end()));
+                match &self.served {
+                    // Zero runs are anonymous: they read zero after a drop by themselves.
+                    Some(served) => {
+                        for part in complement(hole, &served.zero_runs) {
+                            let at = dropped.address_of(part.start);
+                            install_zeros(&served.uffd, at, part.bytes(), advice)?;
+                        }
+                    }
+                    None => {
+                        let at = dropped.address_of(hole.start);
+                        map_anonymous(at, hole.bytes(), self.protection)?;
                     }
                 }
-                None => map_anonymous(self.address_of(hole.start), hole.bytes(), self.protection)?,
             }
         }
         Ok(())
     }
+}
 
-    fn install_zeros(&self, uffd: &Userfaultfd, run: Run, advice: c_int) -> Result<(), String> {
-        let (mut at, end) = (self.address_of(run.start), self.address_of(run.end()));
-        let mut refusals = 0;
-        while at < end {
-            let progress = uffd.zeropage(at, end - at);
-            at += progress.done as u64;
-            match progress.errno {
-                None => break,
-                Some(_) if progress.done > 0 => continue,
-                // Another thread touched the page in between and got content: drop it again.
-                Some(Errno::EXIST) if refusals < 1000 => {
-                    // SAFETY: a page that the program is giving back.
-                    unsafe { real_madvise(at as _, PAGE as usize, advice) };
-                }
-                // An event is on its way to the server; it passes.
-                Some(Errno::AGAIN) if refusals < 1_000_000 => std::thread::yield_now(),
-                Some(errno) => return Err(format!("page at {at:#x}: {errno}")),
+fn install_zeros(uffd: &Userfaultfd, start: u64, bytes: u64, advice: c_int) -> Result<(), String> {
+    let (mut at, end) = (start, start + bytes);
+    let mut refusals = 0;
+    while at < end {
+        let progress = uffd.zeropage(at, end - at);
+        at += progress.done as u64;
+        match progress.errno {
+            None => break,
+            Some(_) if progress.done > 0 => continue,
+            // Another thread touched the page in between and got content: drop it again.
+            Some(Errno::EXIST) if refusals < 1000 => {
+                // SAFETY: a page that the program is giving back.
+                unsafe { real_madvise(at as _, PAGE as usize, advice) };
             }
-            refusals += 1;
+            // An event is on its way to the server; it passes.
+            Some(Errno::AGAIN) if refusals < 1_000_000 => std::thread::yield_now(),
+            Some(errno) => return Err(format!("page at {at:#x}: {errno}")),
         }
-        Ok(())
+        refusals += 1;
     }
-
-    fn address_of(&self, page: u64) -> u64 {
-        self.start + (page - self.run.start) * PAGE
-    }
+    Ok(())
 }
 
 #[cfg(test)]
@@ -412,5 +530,20 @@ mod tests {
             insert(&mut runs, Run::between(start, end));
         }
         assert_eq!(runs, [Run::between(5, 6), Run::between(10, 22)]);
+    }
+
+    #[test]
+    fn what_is_unmapped_is_forgotten() {
+        let whole = Piece { start: 100 * PAGE, run: Run::between(0, 10) };
+        let (pieces, protection) = (vec![whole], 0);
+        let mut region = Region { pieces, protection, served: None, punched: Vec::new() };
+        assert_eq!(region.cut_out(0, 100 * PAGE), []);
+        let cut = region.cut_out(103 * PAGE, 105 * PAGE);
+        assert_eq!(cut, [Piece { start: 103 * PAGE, run: Run::between(3, 5) }]);
+        let left = Piece { start: 100 * PAGE, run: Run::between(0, 3) };
+        let right = Piece { start: 105 * PAGE, run: Run::between(5, 10) };
+        assert_eq!(region.pieces, [left, right]);
+        assert_eq!(region.cut_out(0, u64::MAX), [left, right]);
+        assert_eq!(region.pieces, []);
     }
 }

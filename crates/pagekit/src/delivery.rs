@@ -146,7 +146,13 @@ fn explain(by_call: &io::Error, by_device: Option<&io::Error>) -> Way {
              /dev/userfaultfd in",
         ),
         Some(libc::EPERM) => (
-            format!("userfaultfd(2) is not permitted to this user, and {device}"),
+            match seccomp_filter() {
+                false => format!("userfaultfd(2) is not permitted to this user, and {device}"),
+                true => format!(
+                    "userfaultfd(2) is not permitted to this user (the seccomp filter of this \
+                     process may refuse it too), and {device}"
+                ),
+            },
             "sudo setfacl -m u:$USER:rw /dev/userfaultfd, or sudo sysctl \
              vm.unprivileged_userfaultfd=1, or run with CAP_SYS_PTRACE",
         ),

@@ -4,6 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+pub use crate::client::shim::Address;
 use crate::client::shim::{plan, Listener, Plan};
 use crate::delivery::Delivery;
 use crate::engine::{self, Engine};
@@ -40,7 +41,7 @@ pub struct Statistics {
 }
 
 impl Server {
-    /// Serves `template` at `socket`; `backend` is `auto`, `share`, `copy` or `plain`.
+    /// Serves `template` at `socket` (a path, or an [`Address`]); `backend` is `auto`, `share`, `copy` or `plain`.
     ///
     /// # Errors
     /// `Usage` (unknown backend), `Permission` (no userfaultfd for a served one), `AddressInUse`,
@@ -48,7 +49,7 @@ impl Server {
     pub fn start(
         template: Arc<Template>,
         delivery: Arc<Delivery>,
-        socket: &Path,
+        socket: impl Into<Address>,
         backend: &str,
     ) -> Result<Server> {
         let (plan, reason) = plan(&template, &delivery, backend)?;

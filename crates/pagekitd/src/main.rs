@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use pagekit::delivery::Delivery;
 use pagekit::error::{Error, Result};
-use pagekit::server::Server;
+use pagekit::server::{Address, Server};
 use pagekit::template::Template;
 
 use options::{Asked, Options};
@@ -46,7 +46,9 @@ fn serve(options: &Options) -> Result<ExitCode> {
     let signals = signals::Signals::block();
     let delivery = Arc::new(Delivery::probe());
     let template = Template::open(&options.spec, &options.layers, &delivery, options.deadline)?;
-    let server = Server::start(template, delivery, &options.socket, &options.backend)?;
+    let address =
+        Address { path: options.socket.clone(), owner: options.owner, mode: options.mode };
+    let server = Server::start(template, delivery, address, &options.backend)?;
     let (backend, reason) = server.backend();
     eprintln!("pagekit: serving {} at {}", options.spec, options.socket.display());
     eprintln!("pagekit: backend {backend}: {reason}");

@@ -16,7 +16,9 @@ Usage: pagekitd SPEC --socket PATH [options] [--run CMD [ARG…]]
 SPEC is where the pages come from: file:PATH or zero:SIZE.
 
 Options:
-  --socket PATH     where programs attach; only this user can
+  --socket PATH     where programs attach; only this user can, unless:
+  --owner UID[:GID] give the socket to the user (and group) that the programs run as
+  --mode OCTAL      mode of the socket (default 600)
   --layer LAYER     wrap the source, outermost first: pass, stats, delay=2ms, fail=3 (repeatable)
   --backend NAME    auto (default), share, copy, plain
   --deadline TIME   give a page up when its fetch still fails after this time (default 5s)
@@ -46,6 +48,8 @@ pub struct Options {
     pub spec: String,
     pub layers: Vec<String>,
     pub socket: PathBuf,
+    pub owner: Option<(u32, Option<u32>)>,
+    pub mode: u32,
     pub backend: String,
     pub deadline: Duration,
     pub json: bool,
@@ -68,6 +72,8 @@ fn parse(mut parser: lexopt::Parser) -> Result<Asked, String> {
         spec: String::new(),
         layers: Vec::new(),
         socket: PathBuf::new(),
+        owner: None,
+        mode: 0o600,
         backend: "auto".to_owned(),
         deadline: Duration::from_secs(5),
         json: false,
@@ -84,6 +90,17 @@ fn parse(mut parser: lexopt::Parser) -> Result<Asked, String> {
                 return Ok(Asked::Text(format!("pagekitd {}\n", env!("CARGO_PKG_VERSION"))))
             }
             Long("socket") => socket = Some(PathBuf::from(parser.value().map_err(text)?)),
+            Long("owner") => {
+                let value = string(&mut parser)?;
+                let known = owner(&value);
+                options.owner =
+                    Some(known.ok_or(format!("{value:?} is no owner: 1000 or 1000:1000"))?);
+            }
+            Long("mode") => {
+                let value = string(&mut parser)?;
+                let mode = u32::from_str_radix(&value, 8).ok().filter(|mode| *mode <= 0o777);
+                options.mode = mode.ok_or(format!("{value:?} is no mode: 660"))?;
+            }
             Long("layer") => options.layers.push(string(&mut parser)?),
             Long("backend") => options.backend = string(&mut parser)?,
             Long("json") => options.json = true,
@@ -106,4 +123,12 @@ fn parse(mut parser: lexopt::Parser) -> Result<Asked, String> {
     options.spec = spec.ok_or("SPEC is missing: where do the pages come from?")?;
     options.socket = socket.ok_or("--socket is missing: where do programs attach?")?;
     Ok(Asked::Serve(options))
+}
+
+/// `UID` or `UID:GID`, in numbers.
+fn owner(text: &str) -> Option<(u32, Option<u32>)> {
+    match text.split_once(':') {
+        Some((user, group)) => Some((user.parse().ok()?, Some(group.parse().ok()?))),
+        None => Some((text.parse().ok()?, None)),
+    }
 }

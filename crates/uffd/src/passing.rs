@@ -23,7 +23,11 @@ pub const MOST_DESCRIPTORS: usize = 16;
 pub fn send(socket: impl AsFd, bytes: &[u8], descriptors: &[BorrowedFd<'_>]) -> io::Result<()> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST_DESCRIPTORS))];
     let mut control = SendAncillaryBuffer::new(&mut space);
-    if !descriptors.is_empty() && !control.push(SendAncillaryMessage::ScmRights(descriptors)) {
+    // Alignment leaves room for more than were asked for, so the room alone is no limit.
+    let fits = descriptors.is_empty()
+        || descriptors.len() <= MOST_DESCRIPTORS
+            && control.push(SendAncillaryMessage::ScmRights(descriptors));
+    if !fits {
         return Err(io::Error::new(
             io::ErrorKind::InvalidInput,
             format!("{} descriptors in one message, {MOST_DESCRIPTORS} at most", descriptors.len()),

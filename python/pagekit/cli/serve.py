@@ -11,7 +11,9 @@ from ..client import server_program, shim_path
 
 @click.command(name="serve")
 @click.argument("spec")
-@click.option("--socket", required=True, help="Where programs attach; only this user can.")
+@click.option("--socket", required=True, help="Where programs attach.")
+@click.option("--owner", metavar="UID[:GID]", help="Give the socket to this user (and group).")
+@click.option("--mode", metavar="OCTAL", help="Mode of the socket.  [default: 600]")
 @click.option("--layer", "layers", multiple=True, help="Wrap the source, outermost first.")
 @click.option(
     "--backend",
@@ -27,6 +29,8 @@ from ..client import server_program, shim_path
 def command(
     spec: str,
     socket: str,
+    owner: str | None,
+    mode: str | None,
     layers: tuple[str, ...],
     backend: str,
     deadline: str,
@@ -48,6 +52,9 @@ def command(
         raise click.UsageError("--run and a command after -- belong together")
     program = str(server_program())
     arguments = [program, spec, "--socket", socket, "--backend", backend, "--deadline", deadline]
+    for option, value in (("--owner", owner), ("--mode", mode)):
+        if value is not None:
+            arguments += [option, value]
     for layer in layers:
         arguments += ["--layer", layer]
     arguments += ["--shim", str(shim_path())]

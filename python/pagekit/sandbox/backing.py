@@ -73,7 +73,8 @@ class Served:
 
     def prepare(self, snapshot: Snapshot, run: Path) -> Prepared:
         stub = _stub(snapshot, run)
-        return Prepared(str(stub), False, self.server.environment(stub))
+        environment = self.server.environment(stub, backend=self.name)
+        return Prepared(str(stub), False, environment)
 
 
 @dataclass(frozen=True)
@@ -94,28 +95,25 @@ class Eager:
     name: str = field(default="eager", init=False)
 
     def prepare(self, snapshot: Snapshot, run: Path) -> Prepared:
-        content = os.memfd_create("pagekit-eager", os.MFD_CLOEXEC)
-        try:
-            with snapshot.memory.open("rb") as memory:
+        with snapshot.memory.open("rb") as memory:
+            content = os.memfd_create("pagekit-eager", os.MFD_CLOEXEC)
+            try:
                 sparse.copy(memory.fileno(), content)
-        except OSError as error:
-            os.close(content)
-            raise SandboxError(
-                f"cannot load the memory of {snapshot.directory}: {error}",
-                hint="free some memory, or use a backing that needs less of it",
-            ) from error
-        except BaseException:
-            os.close(content)
-            raise
+            except BaseException as error:
+                os.close(content)
+                if not isinstance(error, OSError):
+                    raise
+                raise SandboxError(
+                    f"cannot load the memory of {snapshot.directory}: {error}",
+                    hint="free some memory, or use a backing that needs less of it",
+                ) from error
         return Prepared(
             f"/dev/fd/{content}", True, pagekit.owner_environment(), (content,), content
         )
 
 
 @contextlib.contextmanager
-def choose(
-    snapshot: Snapshot, wanted: str, socket: Path
-) -> Iterator[tuple[Backing, str]]:
+def choose(snapshot: Snapshot, wanted: str, socket: Path) -> Iterator[tuple[Backing, str]]:
     """Yield the backing for forks of ``snapshot``, and in a few words why it is the one.
 
     Args:
@@ -129,30 +127,17 @@ def choose(
     """
     if wanted not in ("auto", "share", "copy", "plain"):
         raise UsageError(f"no backend is called {wanted}", hint="auto, share, copy or plain")
-    if wanted == "plain":
-        yield Plain(), "as asked for"
-        return
-    remote = _remote_file_system(snapshot.memory)
-    if wanted == "auto" and not remote:
-        yield Plain(), "the memory is a local file, and the kernel maps those best itself"
-        return
     with contextlib.ExitStack() as stack:
         try:
             template = stack.enter_context(pagekit.Template(f"file:{snapshot.memory}"))
-            backend = "auto" if wanted == "auto" else wanted
-            server = stack.enter_context(pagekit.Server(template, socket, backend=backend))
+            server = stack.enter_context(pagekit.Server(template, socket, backend=wanted))
         except KernelError as error:
             if wanted != "auto":
                 raise
-            # Mapped, a file on the network would be waited for by the VMM's threads, page by page.
-            stack.close()
-            choice: tuple[Backing, str] = (
-                Eager(),
-                f"the memory is on {remote}, and pages cannot be served here: {error}",
-            )
+            choice: tuple[Backing, str] = (Plain(), f"pages cannot be served here: {error}")
         else:
-            why = server.reason if wanted != "auto" else f"the memory is on {remote}"
-            choice = Served(server), why
+            plain = server.backend == "plain"
+            choice = (Plain() if plain else Served(server), server.reason)
         yield choice
 
 
@@ -161,17 +146,3 @@ def _stub(snapshot: Snapshot, run: Path) -> Path:
     with stub.open("xb") as file:
         file.truncate(snapshot.memory_bytes)
     return stub
-
-
-def _remote_file_system(file: Path) -> str:
-    """The type of the file system that ``file`` is on if others serve it, else nothing."""
-    device = file.stat().st_dev
-    number = f"{os.major(device)}:{os.minor(device)}"
-    for line in Path("/proc/self/mountinfo").read_text().splitlines():
-        # 36 35 98:0 /root /mount/point options… - type source options
-        before, _, after = line.partition(" - ")
-        if before.split()[2] == number:
-            kind = after.split()[0]
-            known = ("9p", "ceph", "cifs", "lustre", "nfs", "nfs4", "smb3", "virtiofs")
-            return kind if kind in known or kind.startswith("fuse") else ""
-    return ""

@@ -1,4 +1,4 @@
-"""JSON objects, one a line, over a connected socket: what QMP and the agent in the guest both speak."""
+"""JSON objects, one a line, over a socket: what QMP and the agent in the guest both speak."""
 
 from __future__ import annotations
 

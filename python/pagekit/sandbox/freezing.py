@@ -29,9 +29,7 @@ def capabilities(wanted: dict[str, bool]) -> list[dict[str, Any]]:
     return [{"capability": name, "state": state} for name, state in wanted.items()]
 
 
-def freeze(
-    qmp: Qmp, memory: int, directory: str | os.PathLike[str], **described: Any
-) -> Snapshot:
+def freeze(qmp: Qmp, memory: int, directory: str | os.PathLike[str], **described: Any) -> Snapshot:
     """Stop a guest, save it, and let it run on if it ran before.
 
     Args:

@@ -2,7 +2,7 @@
 
 ::
 
-    python -m pagekit.sandbox.guest        makes .cache/guest/{vmlinuz,initrd} and prints where they are
+    python -m pagekit.sandbox.guest     makes .cache/guest/{vmlinuz,initrd}, prints where they are
 
 Packages are looked up in, and downloaded through, the machine's own apt, as whoever runs this; root
 is not needed. What is made is kept: a complete guest is found again in a millisecond, a half-made
@@ -57,7 +57,7 @@ _LEFT_OUT = re.compile(
 )
 
 _WORK = "guest-"
-"""How the names of temporary directories begin; one that is still there was left by a process that died."""
+"""How names of temporary directories begin; one still there was left by a process that died."""
 
 _INIT = """\
 #!/bin/busybox sh
@@ -104,7 +104,7 @@ def ensure(cache: Path | None = None) -> Guest:
     Any number of processes may call this at once: one makes the guest, the others wait for it.
 
     Args:
-        cache: directory for the guest and the packages it is made of; :func:`default_cache` if None.
+        cache: directory for the guest and its packages; :func:`default_cache` if None.
 
     Raises:
         GuestMissing: the packages could not be found, downloaded or unpacked; the hint says what
@@ -116,7 +116,7 @@ def ensure(cache: Path | None = None) -> Guest:
         return guest
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        with open(cache / "guest.lock", "w") as lock:
+        with (cache / "guest.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             guest = _complete(cache / "guest")
             if not guest:
@@ -163,15 +163,26 @@ def _make(cache: Path) -> Guest:
         archives = apt.download([kernel, *packages])
         _say(f"unpacking {len(archives)} packages")
         for archive in archives:
-            _run(["dpkg-deb", "-x", str(archive), str(kernel_root if archive.name.startswith("linux-") else root)])
+            _run(
+                [
+                    "dpkg-deb",
+                    "-x",
+                    str(archive),
+                    str(kernel_root if archive.name.startswith("linux-") else root),
+                ]
+            )
 
         _say("packing the initramfs")
         (vmlinuz,) = (kernel_root / "boot").glob("vmlinuz-*")
         shutil.copyfile(vmlinuz, made / "vmlinuz")
-        with open(made / "initrd", "wb") as output:
+        with (made / "initrd").open("wb") as output:
             _Initramfs(output).write(root, kernel_root)
         sizes = {file.name: file.stat().st_size for file in made.iterdir()}
-        stamp = {"recipe": _recipe(), "sizes": sizes, "packages": sorted(file.name for file in archives)}
+        stamp = {
+            "recipe": _recipe(),
+            "sizes": sizes,
+            "packages": sorted(file.name for file in archives),
+        }
         (made / "stamp.json").write_text(json.dumps(stamp, indent=1))
 
         final = cache / "guest"
@@ -180,7 +191,10 @@ def _make(cache: Path) -> Guest:
         made.rename(final)
     guest = _complete(final)
     assert guest is not None
-    _say(f"guest ready in {final}: " + ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in sorted(sizes.items())))
+    _say(
+        f"guest ready in {final}: "
+        + ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in sorted(sizes.items()))
+    )
     return guest
 
 
@@ -191,18 +205,25 @@ class _Apt:
         if not shutil.which("apt-get"):
             raise GuestMissing(
                 "apt-get not found: the guest is made of Debian's packages",
-                hint="boot your own with `pagekit boot --kernel FILE --initrd FILE`, or use Debian 12",
+                hint="use Debian, or boot your own with `pagekit boot --kernel FILE --initrd FILE`",
             )
         architecture = _run(["dpkg", "--print-architecture"]).strip()
         if architecture != "amd64":
-            raise GuestMissing(f"the guest is made for amd64 machines, and this one is {architecture}")
+            raise GuestMissing(
+                f"the guest is made for amd64 machines, and this one is {architecture}"
+            )
         directory.mkdir(parents=True, exist_ok=True)
         self._directory = directory
         nothing_installed = directory / "status"
         nothing_installed.touch()
         # The versions that count are the mirror's, not those installed here. The user that apt
         # downloads as, when run by root, cannot write into a private checkout.
-        self._options = ["-o", f"Dir::State::status={nothing_installed}", "-o", "APT::Sandbox::User=root"]
+        self._options = [
+            "-o",
+            f"Dir::State::status={nothing_installed}",
+            "-o",
+            "APT::Sandbox::User=root",
+        ]
 
     def dependency(self, package: str) -> str:
         """Return the first package that ``package`` depends on."""
@@ -221,10 +242,16 @@ class _Apt:
         """Return the archives of ``packages``, downloading those that are not here yet."""
         listed = self._ask("apt-get", "--print-uris", "download", *packages)
         # 'http://…' name_version_architecture.deb size hash
-        wanted = [self._directory / line.split()[1] for line in listed.splitlines() if line.startswith("'")]
+        wanted = [
+            self._directory / line.split()[1]
+            for line in listed.splitlines()
+            if line.startswith("'")
+        ]
         missing = [archive for archive in wanted if not archive.exists()]
         if missing:
-            _say(f"downloading {len(missing)} packages through apt, to unpack: nothing is installed")
+            _say(
+                f"downloading {len(missing)} packages through apt, to unpack: nothing is installed"
+            )
             with tempfile.TemporaryDirectory(prefix=_WORK, dir=self._directory.parent) as fresh:
                 names = [archive.name.partition("_")[0] for archive in missing]
                 self._ask("apt-get", "--quiet", "download", *names, directory=fresh)
@@ -242,7 +269,7 @@ class _Apt:
 
 
 class _Initramfs:
-    """Writes a cpio archive ("newc", as the kernel's Documentation/driver-api/early-userspace has it).
+    """Writes a cpio archive (``newc``, Documentation/driver-api/early-userspace in the kernel).
 
     Each entry is a header of 110 characters, the name, and the content, each padded to four bytes.
     Not compressed: unpacking costs an emulated processor more than reading does.
@@ -254,7 +281,7 @@ class _Initramfs:
         self._directories: set[PurePosixPath] = set()
 
     def write(self, root: Path, kernel_root: Path) -> None:
-        """Write the guest's file system, from the packages unpacked in ``root`` and ``kernel_root``."""
+        """Write the guest's files, from the packages unpacked in ``root`` and ``kernel_root``."""
         for name in ("dev", "proc", "sys", "run", "tmp", "root"):
             self._directory(PurePosixPath(name))
         # The kernel opens this before /init runs: without it, /init has no standard output.
@@ -290,7 +317,9 @@ class _Initramfs:
                 self._directories.add(part)
                 self._entry(str(part), stat.S_IFDIR | 0o755)
 
-    def _entry(self, name: str, mode: int, content: bytes = b"", device: tuple[int, int] = (0, 0)) -> None:
+    def _entry(
+        self, name: str, mode: int, content: bytes = b"", device: tuple[int, int] = (0, 0)
+    ) -> None:
         self._inode += 1
         encoded = name.encode() + b"\0"
         # inode, mode, uid, gid, links, mtime, size, device, device it is on, name size, no checksum
@@ -305,9 +334,13 @@ class _Python:
 
     def __init__(self, root: Path) -> None:
         self._root = root
-        (self.program,) = (file for file in (root / "usr/bin").glob("python3.*") if file.name[8:].isdigit())
+        (self.program,) = (
+            file for file in (root / "usr/bin").glob("python3.*") if file.name[8:].isdigit()
+        )
         # Through its own loader and C library, it runs on any distribution.
-        self._loader = _find(root, *(f"{directory}/ld-linux-x86-64.so.2" for directory in _LIBRARIES))
+        self._loader = _find(
+            root, *(f"{directory}/ld-linux-x86-64.so.2" for directory in _LIBRARIES)
+        )
         self._search = ":".join(str(root / directory) for directory in _LIBRARIES)
 
     def library(self) -> list[tuple[str, Path]]:
@@ -323,7 +356,18 @@ class _Python:
         agent = self._root / "usr/lib/pagekit"
         agent.mkdir()
         shutil.copy(Path(__file__).with_name("guest_agent.py"), agent)
-        compiler = ["-I", "-m", "compileall", "-q", "-b", "-j0", "-s", str(self._root), str(library), str(agent)]
+        compiler = [
+            "-I",
+            "-m",
+            "compileall",
+            "-q",
+            "-b",
+            "-j0",
+            "-s",
+            str(self._root),
+            str(library),
+            str(agent),
+        ]
         self._run(str(self.program), *compiler, environment={"PYTHONHOME": str(self._root / "usr")})
         return [
             (str(file.relative_to(self._root)), file)
@@ -333,16 +377,26 @@ class _Python:
 
     def shared_libraries(self) -> list[tuple[str, Path]]:
         """Return name and file of every shared library that Python and its modules need."""
-        users = [self.program, *(self._root / "usr/lib" / self.program.name / "lib-dynload").glob("*.so")]
+        users = [
+            self.program,
+            *(self._root / "usr/lib" / self.program.name / "lib-dynload").glob("*.so"),
+        ]
         needed: dict[str, Path] = {}
         for user in users:
             listed = self._run("--list", str(user))
             if missing := re.findall(r"(\S+) => not found", listed):
-                raise GuestMissing(f"no package of the guest has {missing[0]}, which {user.name} needs")
+                raise GuestMissing(
+                    f"no package of the guest has {missing[0]}, which {user.name} needs"
+                )
             for library in re.findall(r"=> (/\S+)", listed):
                 needed[Path(library).name] = Path(library).resolve()
-        loader = "ld-linux-x86-64.so.2"  # programs name it by this path; the others are searched for
-        return [(f"lib64/{name}" if name == loader else f"{_LIBRARIES[0]}/{name}", needed[name]) for name in sorted(needed)]
+        loader = (
+            "ld-linux-x86-64.so.2"  # programs name it by this path; the others are searched for
+        )
+        return [
+            (f"lib64/{name}" if name == loader else f"{_LIBRARIES[0]}/{name}", needed[name])
+            for name in sorted(needed)
+        ]
 
     def _run(self, *arguments: str, environment: dict[str, str] | None = None) -> str:
         loader = [str(self._loader), "--inhibit-cache", "--library-path", self._search]
@@ -385,7 +439,9 @@ def _not_found(detail: str) -> GuestMissing:
     )
 
 
-def _run(command: list[str], *, directory: str | None = None, environment: dict[str, str] | None = None) -> str:
+def _run(
+    command: list[str], *, directory: str | None = None, environment: dict[str, str] | None = None
+) -> str:
     """Run ``command`` and return its output.
 
     Raises:
@@ -393,12 +449,18 @@ def _run(command: list[str], *, directory: str | None = None, environment: dict[
     """
     everything = {**os.environ, "LC_ALL": "C", **(environment or {})}
     try:
-        done = subprocess.run(command, cwd=directory, env=everything, capture_output=True, text=True)
+        done = subprocess.run(
+            command, cwd=directory, env=everything, capture_output=True, text=True
+        )
     except FileNotFoundError as error:
-        raise GuestMissing(f"{command[0]} not found", hint=f"install the package that has {command[0]}") from error
+        raise GuestMissing(
+            f"{command[0]} not found", hint=f"install the package that has {command[0]}"
+        ) from error
     if done.returncode:
         said = done.stderr.strip().splitlines() or done.stdout.strip().splitlines() or ["no output"]
-        raise GuestMissing(f"{Path(command[0]).name} failed with status {done.returncode}: {said[-1]}")
+        raise GuestMissing(
+            f"{Path(command[0]).name} failed with status {done.returncode}: {said[-1]}"
+        )
     return done.stdout
 
 

@@ -10,8 +10,8 @@ One JSON object per line, both ways::
     guest → host  {"id": 7, "output": "", "result": "42", "error": null}
 
 ``ready``
-    is said once, at the end of a cold boot, as soon as the host has opened the channel. A fork never
-    says it: it wakes where the template was frozen, waiting for a request.
+    is said once, at the end of a cold boot, as soon as the host has opened the channel. A fork
+    never says it: it wakes where the template was frozen, waiting for a request.
 ``identity``
     belongs in the first request after a fork has woken, and is applied before any code runs:
     ``fork_id`` (text), ``time_ns`` (nanoseconds since 1970, UTC) and ``entropy`` (base64 of 64
@@ -51,6 +51,7 @@ import struct
 import sys
 import time
 import traceback
+from pathlib import Path
 from typing import Any
 
 PORT_NAME = "pagekit.agent"
@@ -112,13 +113,13 @@ def make_data() -> bytearray:
 class Identity:
     """What makes a fork different from its siblings, whose memory was the same until it woke.
 
-    A fork does this before anything else, on a processor that has forgotten all it had translated or
-    cached, so everything that can be done before the freeze is.
+    A fork does this before anything else, on a processor that has forgotten all it had translated
+    or cached, so everything that can be done before the freeze is.
     """
 
     def __init__(self) -> None:
         self._random = os.open("/dev/random", os.O_WRONLY | os.O_CLOEXEC)
-        os.makedirs(os.path.dirname(FORK_ID_FILE), exist_ok=True)
+        Path(FORK_ID_FILE).parent.mkdir(parents=True, exist_ok=True)
         self._file = os.open(FORK_ID_FILE, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC)
 
     def assume(self, identity: dict[str, Any]) -> None:
@@ -137,12 +138,14 @@ class Identity:
             raise ValueError(f"entropy of {len(entropy)} bytes is too little to make a fork unique")
 
         time.clock_settime_ns(time.CLOCK_REALTIME, time_ns)
-        fcntl.ioctl(self._random, RNDADDENTROPY, struct.pack("ii", len(entropy) * 8, len(entropy)) + entropy)
+        fcntl.ioctl(
+            self._random, RNDADDENTROPY, struct.pack("ii", len(entropy) * 8, len(entropy)) + entropy
+        )
         fcntl.ioctl(self._random, RNDRESEEDCRNG)
 
         random.seed(int.from_bytes(os.urandom(32), "little"))
-        # These two keep something random for the life of the process: the node in a uuid1 (multicast
-        # bit set, as RFC 9562 wants of a made-up one), and the names of temporary files.
+        # These two keep something random for the life of the process: the node in a uuid1
+        # (multicast bit set, as RFC 9562 wants of a made-up one), the names of temporary files.
         if "uuid" in sys.modules:
             sys.modules["uuid"]._node = random.getrandbits(48) | 1 << 40  # type: ignore[attr-defined]
         if "tempfile" in sys.modules:
@@ -163,7 +166,9 @@ class Capture:
 
     def _open(self) -> None:
         os.dup2(self._fd, 1)
-        self._stream = io.TextIOWrapper(io.FileIO(1, "w", closefd=False), "utf-8", "backslashreplace", write_through=True)
+        self._stream = io.TextIOWrapper(
+            io.FileIO(1, "w", closefd=False), "utf-8", "backslashreplace", write_through=True
+        )
 
     def __enter__(self) -> None:
         sys.stdout = self._stream
@@ -199,7 +204,7 @@ class Agent:
         self.capture = Capture()
 
     def answer(self, line: bytes) -> dict[str, Any]:
-        """Do what a request asks. Never raises: whatever goes wrong is in the answer's ``error``."""
+        """Do what a request asks. Never raises: what goes wrong is in the answer's ``error``."""
         answer: dict[str, Any] = {"id": None, "output": "", "result": None, "error": None}
         try:
             request = json.loads(line)
@@ -220,7 +225,7 @@ class Agent:
         return answer
 
     def run(self, code: str, filename: str) -> tuple[str | None, str | None]:
-        """Run ``code``; return its result, or the traceback of whatever it raised, SystemExit too."""
+        """Run ``code``; return its result, or the traceback if it raised, SystemExit included."""
         process = os.getpid()
         # So that tracebacks quote the code.
         linecache.cache[filename] = (len(code), None, code.splitlines(keepends=True), filename)
@@ -230,7 +235,9 @@ class Agent:
             return None if result is None else str(result), None
         except BaseException as error:
             frames = error.__traceback__
-            return None, "".join(traceback.format_exception(type(error), error, frames and frames.tb_next))
+            return None, "".join(
+                traceback.format_exception(type(error), error, frames and frames.tb_next)
+            )
         finally:
             if os.getpid() != process:
                 os._exit(0)  # a child that the code has forked must not answer in our place
@@ -240,9 +247,9 @@ class Agent:
 class Channel:
     """Lines to and from the host, through one virtio-serial port.
 
-    Facts about such a port: reading waits while the host has the channel open and gives end of file
-    while it has not; writing waits for the host to open it. SIGIO tells of both coming and going, so
-    a closed channel is waited for without polling.
+    Facts about such a port: reading waits while the host has the channel open and gives end of
+    file while it has not; writing waits for the host to open it. SIGIO tells of both coming and
+    going, so a closed channel is waited for without polling.
     """
 
     def __init__(self, device: str) -> None:
@@ -292,24 +299,22 @@ def find_port(name: str, timeout: float = 10) -> str:
         uevents.bind((0, 1))  # before the first look, so that no port can appear unseen
         uevents.settimeout(timeout)
         while True:
-            for port in os.listdir("/sys/class/virtio-ports") if os.path.isdir("/sys/class/virtio-ports") else []:
-                try:
-                    with open(f"/sys/class/virtio-ports/{port}/name") as file:
-                        if file.read().strip() == name:
-                            return f"/dev/{port}"
-                except OSError:
-                    pass  # a port gets its name a moment after it appears
+            for file in Path("/sys/class/virtio-ports").glob("*/name"):
+                if file.read_text().strip() == name:
+                    return f"/dev/{file.parent.name}"
             try:
                 uevents.recv(1 << 16)
             except TimeoutError:
-                raise TimeoutError(f"no virtio-serial port named {name}: the VMM was started without one") from None
+                raise TimeoutError(
+                    f"no virtio-serial port named {name}: the VMM was started without one"
+                ) from None
 
 
 def main() -> None:
     """Boot: import, make ``data``, say so, and answer for ever."""
     agent = Agent()
     channel = Channel(find_port(PORT_NAME))
-    # What lives now lives for good. Collections that looked at it would dirty its pages in every fork.
+    # What lives now lives for good. Collections that looked at it would dirty it in every fork.
     gc.collect()
     gc.freeze()
     channel.write(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from .guest_agent import PORT_NAME
 
@@ -47,11 +47,11 @@ def monitor() -> list[str]:
     ]
 
 
-def fill(arguments: tuple[str, ...] | list[str], values: Mapping[str, str]) -> list[str]:
+def fill(arguments: Sequence[str], values: Mapping[str, str]) -> list[str]:
     """Put values in the place of ``{name}`` in arguments.
 
-    QEMU separates options by commas, and takes two for one that is meant. In arguments that are JSON
-    it does not.
+    QEMU separates options by commas, and takes two for one that is meant. In arguments that are
+    JSON it does not.
     """
 
     def put(argument: str) -> str:

@@ -1,10 +1,11 @@
 """What sandboxes cost in memory, as the kernel counts it.
 
-Two questions, two bases. What one fork holds for itself comes from ``/proc/PID/smaps``: pages that
-are anonymous, that is, written or copied, inside the range that is the guest's RAM; and the VMM's own
-apart. What all of it takes of the host comes from a memory control group of its own, version 1 or 2:
-everything that was allocated in it, by whomever, the server's template included. To that comes the
-part of the snapshot's memory file that is in the page cache, whoever brought it there.
+Two questions, two bases. What one fork holds for itself comes from ``/proc/PID/smaps``: pages
+that are anonymous, that is, written or copied, inside the range that is the guest's RAM; and the
+VMM's own apart. What all of it takes of the host comes from a memory control group of its own,
+version 1 or 2: everything that was allocated in it, by whomever, the server's template included. To
+that comes the part of the snapshot's memory file that is in the page cache, whoever brought it
+there.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ def cached_kib(file: Path) -> int:
         size = os.fstat(opened.fileno()).st_size
         if not size:
             return 0
-        # Shared and writable is what Python needs to hand out an address; MAP_PRIVATE writes nothing.
+        # Python hands out the address of writable memory only. Nothing is written.
         with mmap.mmap(opened.fileno(), size, mmap.MAP_PRIVATE) as mapped:
             pages = (size + mmap.PAGESIZE - 1) // mmap.PAGESIZE
             resident = (ctypes.c_ubyte * pages)()
@@ -101,8 +102,8 @@ class MemoryGroup:
         self.version = version
 
     def used_kib(self) -> int:
-        """Return what was allocated in the group and is in use: anonymous memory, shared memory, and
-        the kernel's own, but no cached files.
+        """Return what was allocated in the group and is in use: anonymous memory, shared memory,
+        and the kernel's own, but no cached files.
         """
         stat = dict(line.split() for line in (self._path / "memory.stat").read_text().splitlines())
         if self.version == 2:
@@ -122,6 +123,9 @@ def memory_group() -> Iterator[MemoryGroup | None]:
     made: no control groups, no permission, or nothing delegated.
     """
     for version, home, parent in _places():
+        for left in parent.glob("pagekit-*"):  # by a process that was killed; busy ones refuse
+            with contextlib.suppress(OSError):
+                left.rmdir()
         path = parent / f"pagekit-{os.getpid()}"
         try:
             path.mkdir()
@@ -149,10 +153,22 @@ def _places() -> Iterator[tuple[int, Path, Path]]:
         # 4:memory:/path is version 1, 0::/path version 2
         _, controllers, path = line.split(":", 2)
         if "memory" in controllers.split(","):
-            home = _ROOT / "memory" / path.lstrip("/")
+            home = _mounted(_ROOT / "memory", path)
             yield 1, home, home
         elif not controllers:
-            home = _ROOT / path.lstrip("/")
+            home = _mounted(_ROOT, path)
             # In version 2 a group with processes in it has no groups below it: make a sibling.
             yield 2, home, home.parent
             yield 2, home, home
+
+
+def _mounted(root: Path, path: str) -> Path:
+    """The directory of a group; in a container, its own group is often what is mounted as root."""
+    directory = root / path.lstrip("/")
+    return directory if directory.is_dir() else root
+
+
+def available_kib() -> int:
+    """Return how much memory the host could still give, by its own estimate."""
+    found = re.search(r"^MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text(), re.M)
+    return int(found[1]) if found else 0

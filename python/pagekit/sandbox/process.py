@@ -66,15 +66,19 @@ class Child:
                 poll.poll(left * 1000)
         return self._process.poll()
 
+    def send(self, number: signal.Signals) -> None:
+        """Send it a signal, unless it has ended."""
+        if self._pidfd >= 0:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._pidfd, number)
+
     def kill(self) -> None:
         """End it, at once, and see it gone. May be called twice."""
-        if self._pidfd < 0:
-            return
-        with contextlib.suppress(ProcessLookupError):
-            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+        self.send(signal.SIGKILL)
         self._process.wait()
-        os.close(self._pidfd)
-        self._pidfd = -1
+        if self._pidfd >= 0:
+            os.close(self._pidfd)
+            self._pidfd = -1
 
     def log(self) -> str:
         """The end of what it wrote."""

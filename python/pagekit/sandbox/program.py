@@ -67,9 +67,9 @@ def pick_accelerator(
 ) -> Accelerator:
     """Return the accelerator to use: KVM if a kernel really boots with it, else TCG.
 
-    The presence of /dev/kvm says little: it may be emulated, incomplete or forbidden. So a kernel is
-    booted, up to the point where it misses its root file system. The verdict is remembered for this
-    kernel, this QEMU and this boot of the host.
+    The presence of /dev/kvm says little: it may be emulated, incomplete or forbidden. So a kernel
+    is booted, up to the point where it misses its root file system. The verdict is remembered for
+    this kernel, this QEMU and this boot of the host.
 
     Args:
         program: the QEMU to use.

@@ -16,7 +16,7 @@
 use std::collections::HashMap;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -109,6 +109,24 @@ pub fn plan(template: &Template, delivery: &Delivery, backend: &str) -> Result<(
     }
 }
 
+/// Where clients connect, and who may.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Address {
+    /// The socket's path.
+    pub path: PathBuf,
+    /// User and group that the socket is given to; clients often run as another user.
+    pub owner: Option<(u32, Option<u32>)>,
+    /// Mode of the socket; connecting needs the right to write.
+    pub mode: u32,
+}
+
+impl<P: AsRef<Path> + ?Sized> From<&P> for Address {
+    /// At `path`, for this user alone.
+    fn from(path: &P) -> Address {
+        Address { path: path.as_ref().to_owned(), owner: None, mode: 0o600 }
+    }
+}
+
 /// A socket at which shims attach. Dropping it closes all connections, which ends the clients.
 #[derive(Debug)]
 pub struct Listener {
@@ -139,18 +157,20 @@ struct Connection {
 }
 
 impl Listener {
-    /// Listens at `path`, which only this user may connect to.
+    /// Listens at `address`.
     ///
     /// # Errors
     /// `AddressInUse` if another server answers there (a socket file that nobody listens at is
     /// replaced); `Kernel` otherwise.
     pub fn start(
-        path: &Path,
+        address: impl Into<Address>,
         engine: Arc<Engine>,
         template: Arc<Template>,
         delivery: Arc<Delivery>,
         plan: Plan,
     ) -> Result<Listener> {
+        let address = address.into();
+        let path = address.path.clone();
         let failed =
             |error: io::Error| Error::kernel(format!("cannot listen at {}", path.display()), error);
         if plan == Plan::PlainLoaded {
@@ -159,9 +179,9 @@ impl Listener {
                 error: io::Error::other(error.to_string()),
             })?;
         }
-        let socket = listen_at(path)?;
+        let socket = listen_at(&address)?;
         let service = Arc::new(Service {
-            path: path.to_owned(),
+            path: address.path,
             socket,
             wake: eventfd(0, EventfdFlags::CLOEXEC).map_err(|e| failed(e.into()))?,
             stopped: AtomicBool::new(false),
@@ -199,10 +219,11 @@ impl Drop for Listener {
     }
 }
 
-fn listen_at(path: &Path) -> Result<OwnedFd> {
+fn listen_at(address: &Address) -> Result<OwnedFd> {
+    let path = address.path.as_path();
     let failed =
         |errno: Errno| Error::kernel(format!("cannot listen at {}", path.display()), errno);
-    let address = SocketAddrUnix::new(path).map_err(|_| {
+    let name = SocketAddrUnix::new(path).map_err(|_| {
         Error::usage(
             format!("{} is too long for a socket's path", path.display()),
             "107 bytes at most; choose a shorter directory",
@@ -213,11 +234,19 @@ fn listen_at(path: &Path) -> Result<OwnedFd> {
         socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)
     };
     let socket = create().map_err(failed)?;
-    match bind(&socket, &address) {
+    match bind(&socket, &name) {
         Ok(()) => {}
+        // Something that is there is replaced only if it is a socket without a server. (Connecting
+        // to an ordinary file is refused in the same words.)
+        Err(Errno::ADDRINUSE) if !is_socket(path) => {
+            return Err(Error::usage(
+                format!("{} exists, and is no socket", path.display()),
+                "choose another path",
+            ))
+        }
         Err(Errno::ADDRINUSE) => {
             let probe = create().map_err(failed)?;
-            match connect(&probe, &address) {
+            match connect(&probe, &name) {
                 // Nobody listens at this file: its server is gone.
                 Err(Errno::CONNREFUSED) => std::fs::remove_file(path)
                     .map_err(|e| Error::kernel(format!("cannot replace {}", path.display()), e))?,
@@ -228,15 +257,33 @@ fn listen_at(path: &Path) -> Result<OwnedFd> {
                     })
                 }
             }
-            bind(&socket, &address).map_err(failed)?;
+            bind(&socket, &name).map_err(failed)?;
         }
         Err(errno) => return Err(failed(errno)),
     }
     // Before anybody can connect, which takes a listening socket.
-    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))
+    let ready = admit(address).and_then(|()| listen(&socket, 1024).map_err(failed));
+    if ready.is_err() {
+        // Ours, and good for nothing.
+        let _ = std::fs::remove_file(path);
+    }
+    ready.map(|()| socket)
+}
+
+fn is_socket(path: &Path) -> bool {
+    std::fs::symlink_metadata(path).is_ok_and(|metadata| metadata.file_type().is_socket())
+}
+
+/// Gives the socket its mode and its owner.
+fn admit(address: &Address) -> Result<()> {
+    let path = address.path.as_path();
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(address.mode))
         .map_err(|e| Error::kernel(format!("cannot set the mode of {}", path.display()), e))?;
-    listen(&socket, 1024).map_err(failed)?;
-    Ok(socket)
+    let Some((user, group)) = address.owner else { return Ok(()) };
+    std::os::unix::fs::lchown(path, Some(user), group).map_err(|error| Error::Permission {
+        message: format!("{} cannot be given to user {user}: {error}", path.display()),
+        hint: "run the server as root or with CAP_CHOWN, or let --mode admit a group".to_owned(),
+    })
 }
 
 impl Service {
@@ -279,7 +326,9 @@ impl Service {
     }
 
     fn accept(&self, connections: &mut HashMap<i32, Connection>) {
-        while let Ok(socket) = accept_with(&self.socket, SocketFlags::CLOEXEC) {
+        // Not blocking: a client that reads no answers must not stop us from answering others.
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        while let Ok(socket) = accept_with(&self.socket, flags) {
             // Connections above the limit are closed: their clients get a clear end.
             let Ok(peer) = sockopt::socket_peercred(&socket) else { continue };
             if connections.len() >= MOST_CLIENTS {
@@ -414,6 +463,8 @@ impl Service {
         if !uffd::handshake_needed(&descriptor).map_err(|error| error.to_string())? {
             return Err("the userfaultfd is negotiated already; send it as it was made".to_owned());
         }
+        // The loop that reads it serves others too, and must never wait for this one.
+        rustix::io::ioctl_fionbio(&descriptor, true).map_err(|error| error.to_string())?;
         let uffd = Userfaultfd::from(descriptor);
         let mut wanted = Features::EVENT_REMAP | Features::EVENT_UNMAP;
         if self.delivery.fork_events() {

@@ -130,7 +130,12 @@ impl Shared {
             let now = Instant::now();
             let wait = match queue.jobs.peek() {
                 Some(Reverse(job)) if job.due <= now => {
-                    return queue.jobs.pop().map(|Reverse(job)| job.fetch);
+                    let job = queue.jobs.pop();
+                    if !queue.jobs.is_empty() {
+                        // Perhaps nobody but us was waiting for the time of the next one.
+                        self.changed.notify_one();
+                    }
+                    return job.map(|Reverse(job)| job.fetch);
                 }
                 Some(Reverse(job)) => job.due - now,
                 None => Duration::from_secs(3600),

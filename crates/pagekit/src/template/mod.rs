@@ -106,7 +106,8 @@ pub struct Statistics {
 
 struct Flight {
     run: Run,
-    waiters: Vec<Waiter>,
+    /// Who waits for which page.
+    waiters: Vec<(u64, Waiter)>,
 }
 
 impl std::fmt::Debug for Flight {
@@ -192,11 +193,11 @@ impl Template {
             return Want::Here;
         }
         if let Some(flight) = flights.iter_mut().find(|flight| flight.run.contains(page)) {
-            flight.waiters.push(waiter());
+            flight.waiters.push((page, waiter()));
             return Want::Waiting;
         }
         let run = self.absent_around(&flights, page, window);
-        flights.push(Flight { run, waiters: vec![waiter()] });
+        flights.push(Flight { run, waiters: vec![(page, waiter())] });
         Want::Fetch(Fetch {
             template: Arc::clone(self),
             run,
@@ -264,7 +265,10 @@ impl Template {
         let flights = self.lock_flights();
         for run in self.cache.data_runs().map_err(Arc::new)? {
             let strange = (run.start..run.end()).find(|page| {
-                !self.present.contains(*page) && !flights.iter().any(|f| f.run.contains(*page))
+                !self.present.contains(*page)
+                    // Who reads a hole there gets what belongs there.
+                    && find(&self.zero_runs, *page).is_none()
+                    && !flights.iter().any(|f| f.run.contains(*page))
             });
             if let Some(page) = strange {
                 return Err(self.damage(page));
@@ -376,55 +380,102 @@ impl Fetch {
         }
         let outcome = with_buffer(self.run.bytes() as usize, |buffer| {
             match self.template.stack.try_read(self.run.offset(), buffer) {
-                Ok(Some(content)) => Some(self.publish(content, buffer)),
-                Ok(None) => None,
-                Err(error) => Some(Err(Arc::new(error))),
+                Ok(Some(content)) => self.publish(self.run, content, buffer).map(|()| true),
+                // A failure is looked at where there is time for another try.
+                Ok(None) | Err(_) => Ok(false),
             }
         });
         match outcome {
-            Some(outcome) => {
-                self.end(outcome);
+            Ok(false) => Some(self),
+            Err(error) if error.retryable() => Some(self),
+            outcome => {
+                self.end(outcome.map(drop));
                 None
             }
-            None => Some(self),
         }
     }
 
     /// Fetches, waiting as long as the stack does. After a failure that may pass it gives itself
-    /// back, with the time to wait before the next attempt; when the deadline is over the waiters
-    /// get the failure.
+    /// back, with the time to wait before the next attempt. When the deadline is over, or no other
+    /// attempt can succeed, the pages that somebody waits for are tried one by one: a bad page does
+    /// not take its neighbours with it. Who waits for one that still fails gets the failure.
     pub fn attempt(mut self) -> Option<(Fetch, Duration)> {
-        let outcome = with_buffer(self.run.bytes() as usize, |buffer| {
-            match self.template.stack.read(self.run.offset(), buffer) {
-                Ok(content) => self.publish(content, buffer),
-                Err(error) => Err(Arc::new(error)),
-            }
-        });
+        let outcome = self.bring(self.run);
         if let Err(error) = &outcome {
-            self.template.counters.failures.fetch_add(1, Relaxed);
             let pause = Duration::from_millis(1 << self.attempts.min(9));
             if error.retryable() && self.began.elapsed() + pause < self.template.deadline {
                 self.attempts += 1;
                 return Some((self, pause));
+            }
+            if self.run.pages > 1 && self.template.check().is_ok() {
+                self.one_by_one();
+                return None;
             }
         }
         self.end(outcome);
         None
     }
 
-    fn publish(&self, content: Content, buffer: &[u8]) -> Result<(), Arc<Error>> {
+    /// Reads and publishes `run`, a part of this fetch.
+    fn bring(&self, run: Run) -> Result<(), Arc<Error>> {
+        with_buffer(run.bytes() as usize, |buffer| {
+            match self.template.stack.read(run.offset(), buffer) {
+                Ok(content) => self.publish(run, content, buffer),
+                Err(error) => {
+                    self.template.counters.failures.fetch_add(1, Relaxed);
+                    Err(Arc::new(error))
+                }
+            }
+        })
+    }
+
+    /// One attempt for each page that somebody waits for, until nobody waits.
+    fn one_by_one(&mut self) {
+        while let Some(page) = self.next_waited_for() {
+            let outcome = match self.template.present.contains(page) {
+                true => Ok(()),
+                false => self.bring(Run { start: page, pages: 1 }),
+            };
+            // Taken only now: should the read panic, they are told by the drop.
+            let waiters = {
+                let mut flights = self.template.lock_flights();
+                let Some(flight) = flights.iter_mut().find(|flight| flight.run == self.run) else {
+                    break;
+                };
+                let all = std::mem::take(&mut flight.waiters);
+                let (these, others) = all.into_iter().partition(|(waited, _)| *waited == page);
+                flight.waiters = others;
+                these
+            };
+            tell(waiters, &outcome);
+        }
+        self.ended = true;
+    }
+
+    /// A page of this fetch that somebody waits for; if there is none, the fetch is over.
+    fn next_waited_for(&self) -> Option<u64> {
+        let mut flights = self.template.lock_flights();
+        let at = flights.iter().position(|flight| flight.run == self.run)?;
+        let page = flights[at].waiters.first().map(|(page, _)| *page);
+        if page.is_none() {
+            flights.swap_remove(at);
+        }
+        page
+    }
+
+    fn publish(&self, run: Run, content: Content, buffer: &[u8]) -> Result<(), Arc<Error>> {
         let template = &self.template;
         template.counters.fetches.fetch_add(1, Relaxed);
         let bytes = match content {
             Content::Bytes => {
-                template.counters.bytes_read.fetch_add(self.run.bytes(), Relaxed);
+                template.counters.bytes_read.fetch_add(run.bytes(), Relaxed);
                 Some(buffer)
             }
             Content::Zero => None,
         };
         // An earlier attempt may have published the first part before it failed.
-        let there = template.present_from(self.run).pages;
-        let mut run = Run::between(self.run.start + there, self.run.end());
+        let there = template.present_from(run).pages;
+        let mut run = Run::between(run.start + there, run.end());
         let bytes = bytes.map(|bytes| &bytes[(there * PAGE) as usize..]);
         // Marked piece by piece, so that a failure half-way leaves a present-map that is true.
         let published = template.cache.publish(run, bytes, |pages| {
@@ -444,9 +495,13 @@ impl Fetch {
             let at = flights.iter().position(|flight| flight.run == self.run);
             at.map(|at| flights.swap_remove(at).waiters).unwrap_or_default()
         };
-        for waiter in waiters {
-            waiter(&outcome);
-        }
+        tell(waiters, &outcome);
+    }
+}
+
+fn tell(waiters: Vec<(u64, Waiter)>, outcome: &Result<(), Arc<Error>>) {
+    for (_, waiter) in waiters {
+        waiter(outcome);
     }
 }
 

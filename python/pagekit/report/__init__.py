@@ -1,0 +1,1 @@
+"""How results are shown: as JSON for programs, as tables for people."""

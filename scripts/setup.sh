@@ -1,0 +1,154 @@
+#!/bin/bash
+# Sets up everything that `make demo` needs, or with the argument "test", `make test` too:
+#
+#   1. packages of the distribution, those that are missing, without recommended ones, removing none
+#   2. .venv, with pagekit installed in it: extension, preload library and server program
+#   3. .cache/guest, the kernel and initramfs that the demo boots
+#
+# Each step looks first whether it was done, so running this again is quick, and changing a source
+# builds only what depends on it. Everything is said on standard error. PYTHON chooses an interpreter,
+# PAGEKIT_CACHE another place than .cache.
+set -euo pipefail
+exec 1>&2
+cd "$(dirname "$0")/.."
+purpose=${1:-demo}
+
+say() { echo "setup: $*"; }
+die() { echo "error: $1"; [ -z "${2:-}" ] || echo "hint: $2"; exit 1; }
+have() { command -v "$1" >/dev/null; }
+
+# ---- 1. packages
+
+# Prints an interpreter that can make the environment; fails if there is none.
+find_python() {
+    local candidate
+    for candidate in ${PYTHON:-python3 /usr/bin/python3 python3.14 python3.13 python3.12 python3.11}; do
+        "$candidate" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || continue
+        "$candidate" -c 'import sys; print(sys._base_executable)' # not that of an active .venv
+        return
+    done
+    return 1
+}
+
+# Is there a Rust that can build this? Asked outside the checkout, where no toolchain file counts.
+rust_is_new_enough() {
+    local found wanted
+    have cargo && found=$(cd / && rustc --version 2>/dev/null | cut -d' ' -f2) && [ -n "$found" ] || return 1
+    wanted=$(sed -n 's/^rust-version = "\(.*\)"/\1/p' Cargo.toml)
+    printf '%s\n%s\n' "$wanted" "${found%%-*}" | sort -C -V
+}
+
+missing_packages() {
+    find_python >/dev/null || echo python3 python3-venv
+    have cc || echo gcc libc6-dev
+    have qemu-system-x86_64 || echo qemu-system-x86
+    [ -e /etc/ssl/certs/ca-certificates.crt ] || echo ca-certificates
+    # Debian's own rustc is older than rust-version; the packages kept for browsers are not.
+    rust_is_new_enough || echo rustc-web cargo-web
+    # The lints of that same Rust; of another one they come the way it came.
+    if [ "$purpose" = test ] && { ! rust_is_new_enough || [ "$(command -v cargo)" = /usr/bin/cargo ]; }; then
+        have cargo-clippy || echo rust-web-clippy
+        have cargo-fmt || echo rustfmt-web
+    fi
+}
+
+apt_knows() { apt-cache show --no-all-versions "$@" >/dev/null 2>&1; }
+
+# Runs a command as root, or says what to ask for.
+as_root() {
+    local program=()
+    [ "$(id -u)" = 0 ] || program=(sudo)
+    if [ "${#program[@]}" = 0 ] || { have sudo && { sudo -n true 2>/dev/null || [ -t 0 ]; }; }; then
+        "${program[@]}" env DEBIAN_FRONTEND=noninteractive "$@"
+    else
+        die "this needs root, and there is no sudo to become it" "ask an administrator to run: $asked_for"
+    fi
+}
+
+install_packages() {
+    local packages lists=no asked_for
+    mapfile -t packages < <(missing_packages | tr ' ' '\n')
+    if [ "${#packages[@]}" = 0 ] && [ -e "${PAGEKIT_CACHE:-.cache}/guest/stamp.json" ]; then
+        return
+    fi
+    have apt-get || die "not found, and there is no apt-get to install it with: ${packages[*]:-the guest}" \
+        "install what these packages of Debian have, or use Debian 12"
+    # linux-image-…: the guest is made from packages too, unpacked and never installed.
+    apt_knows linux-image-cloud-amd64 "${packages[@]}" || lists=stale
+    [ "$lists" = stale ] || [ "${#packages[@]}" != 0 ] || return 0
+
+    local install=(apt-get install -y --no-install-recommends --no-remove "${packages[@]}")
+    asked_for="apt-get update"
+    [ "${#packages[@]}" = 0 ] || asked_for+=" && ${install[*]}"
+    if [ "$lists" = stale ]; then
+        say "fetching the lists of packages"
+        as_root apt-get update -q
+    fi
+    [ "${#packages[@]}" != 0 ] || return 0
+    say "installing ${packages[*]}"
+    if ! as_root "${install[@]}"; then
+        [ "$lists" != stale ] || die "apt-get could not install ${packages[*]}"
+        say "trying again with new lists of packages"
+        as_root apt-get update -q
+        as_root "${install[@]}" || die "apt-get could not install ${packages[*]}" \
+            "if it is because of another rustc: install Rust with rustup, or remove that package"
+    fi
+    rust_is_new_enough || die "no Rust that is new enough, even now: $(command -v rustc) comes first in PATH"
+}
+
+# ---- 2. the environment
+
+# What the installed package was made from.
+fingerprint() {
+    find pyproject.toml Cargo.toml Cargo.lock crates python scripts/setup.sh -type f \
+        ! -name '*.so' ! -name '*.pyc' ! -name pagekitd ! -path '*.egg-info/*' -print0 |
+        LC_ALL=C sort -z | xargs -0 sha256sum | sha256sum
+}
+
+# The versions that pyproject.toml pins for the tests, without building pagekit again to get them.
+test_requirements() {
+    "$python" -c 'import tomllib
+print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["test"])'
+}
+
+# The stamp is written last and removed before anything is changed: without it, or with an
+# interpreter that has moved, the environment is made anew.
+make_environment() {
+    local stamp=.venv/complete interpreter source tools
+    interpreter="$python $("$python" -c 'import sys; print(sys.version.split()[0])')"
+    source=$(fingerprint)
+    local made="" built="" equipped=""
+    [ ! -e "$stamp" ] || { read -r made && read -r built && read -r equipped; } <"$stamp" || true
+    if [ "$made" != "$interpreter" ] || ! .venv/bin/python -c '' 2>/dev/null; then
+        [ ! -e .venv ] || say "removing a .venv that is not whole or not of this Python"
+        rm -rf .venv
+        say "making .venv with $python"
+        "$python" -m venv .venv
+        built="" equipped=""
+    fi
+    tools=$equipped
+    [ "$purpose" != test ] || tools=$(test_requirements)
+    [ "$built" != "$source" ] || [ "$equipped" != "$tools" ] || return 0
+    rm -f "$stamp"
+    if [ "$built" != "$source" ]; then
+        say "building and installing pagekit"
+        # What setuptools left there would be installed again, files deleted since included.
+        rm -rf build
+        .venv/bin/pip install --disable-pip-version-check .
+    fi
+    if [ "$equipped" != "$tools" ]; then
+        say "installing ${tools}"
+        # shellcheck disable=SC2086  # a list
+        .venv/bin/pip install --disable-pip-version-check $tools
+    fi
+    printf '%s\n' "$interpreter" "$source" "$tools" >"$stamp"
+}
+
+# ---- all of it
+
+[ -n "${PYTHON:-}" ] && ! find_python >/dev/null &&
+    die "PYTHON=$PYTHON is not a Python >= 3.11 that can make virtual environments"
+install_packages
+python=$(find_python)
+make_environment
+.venv/bin/python -c 'import sys; from pagekit.sandbox.guest import main; sys.exit(main())' >/dev/null
