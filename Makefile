@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-test demo test lint format bench bare bare-demo clean
+.PHONY: help setup setup-test demo test lint format bench bare bare-demo bare-sudo clean
 
 # Arguments for the program that a target runs
 ARGS ?=
@@ -33,10 +33,13 @@ bench: setup ## every benchmark, in short (ARGS=--json)
 	@set -e; for script in benchmarks/*.py; do .venv/bin/python "$$script" --quick $(ARGS); done
 
 bare: ## prove `make demo`, again, and `make test` on a Debian 12 made from nothing (root, debootstrap)
-	@scripts/bare.sh demo again test
+	@scripts/bare.sh refused demo again test
 
 bare-demo: ## only `make demo`, and again
 	@scripts/bare.sh demo again
+
+bare-sudo: ## prove set-up by a user with sudo, and the refusal without
+	@scripts/bare.sh refused sudo
 
 clean: ## remove all that was made or downloaded: .venv, target, build, .cache
 	rm -rf .venv .cache target build python/*.egg-info .pytest_cache .mypy_cache .ruff_cache

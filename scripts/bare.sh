@@ -2,7 +2,7 @@
 # Proves on a Debian 12 made from nothing what README promises of one: scripts/bare.sh STEP...
 #
 #   refused   a user without root and sudo is told what to ask for, and nothing is half done
-#   sudo      a user with sudo gets everything set up
+#   sudo      that user, now with sudo, gets everything set up
 #   demo      `make demo`, as root
 #   again     `make demo ARGS=--json`: quick this time, and one JSON object on standard output
 #   test      `make test`
@@ -107,41 +107,39 @@ run() {
 
 # ---- what is proven
 
+as_root() { run env --chdir=/root/pagekit "$@"; }
+
 as_user() {
-    run id somebody >/dev/null 2>&1 || {
-        run useradd --create-home somebody
-        run git clone --quiet -c advice.detachedHead=false /root/pagekit.bundle /home/somebody/pagekit
-        run chown -R somebody: /home/somebody/pagekit
-    }
-    run setpriv --reuid somebody --regid somebody --init-groups env HOME=/home/somebody "$@"
+    run setpriv --reuid somebody --regid somebody --init-groups \
+        env --chdir=/home/somebody/pagekit HOME=/home/somebody "$@"
 }
 
 step_refused() {
-    chmod 755 "$root/root" # for the bundle
+    run useradd --create-home somebody
+    run git clone --quiet -c advice.detachedHead=false /root/pagekit.bundle /home/somebody/pagekit
+    run chown -R somebody: /home/somebody/pagekit
     local said status=0
-    said=$(as_user make -C /home/somebody/pagekit demo 2>&1) || status=$?
+    said=$(as_user make demo 2>&1) || status=$?
     echo "$said" >&2
     [ "$status" != 0 ] || die "make demo succeeded without the packages it needs"
-    grep -q 'apt-get install -y' <<<"$said" || die "make demo did not say what to ask an administrator for"
-    [ -z "$(as_user git -C /home/somebody/pagekit status --porcelain --ignored)" ] || die "something is half done"
+    grep -q 'apt-get install -y' <<<"$said" || die "it did not say what to ask an administrator for"
+    [ -z "$(as_user git status --porcelain --ignored)" ] || die "something is half done"
 }
 
 step_sudo() {
     run apt-get install -y -q --no-install-recommends sudo >&2
-    as_user true
     echo 'somebody ALL=(ALL) NOPASSWD: ALL' >"$root/etc/sudoers.d/somebody"
-    as_user make -C /home/somebody/pagekit setup
-    as_user /home/somebody/pagekit/.venv/bin/pagekit doctor || true
+    as_user make setup
 }
 
-step_demo() { run make -C /root/pagekit demo; }
+step_demo() { as_root make demo; }
 
 step_again() {
-    run make -C /root/pagekit demo ARGS=--json >"$root/root/demo.json"
+    as_root make demo ARGS=--json >"$root/root/demo.json"
     run python3 -c 'import json; print("one JSON object:", *json.load(open("/root/demo.json")))' >&2
 }
 
-step_test() { run make -C /root/pagekit test; }
+step_test() { as_root make test; }
 
 if [ "${1:-}" = --inside ]; then
     shift

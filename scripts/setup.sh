@@ -54,46 +54,51 @@ missing_packages() {
 
 apt_knows() { apt-cache show --no-all-versions "$@" >/dev/null 2>&1; }
 
-# Runs a command as root, or says what to ask for.
-as_root() {
-    local program=()
-    [ "$(id -u)" = 0 ] || program=(sudo)
-    if [ "${#program[@]}" = 0 ] || { have sudo && { sudo -n true 2>/dev/null || [ -t 0 ]; }; }; then
-        "${program[@]}" env DEBIAN_FRONTEND=noninteractive "$@"
-    else
-        die "this needs root, and there is no sudo to become it" "ask an administrator to run: $asked_for"
-    fi
+# Runs apt-get as root; what it says is shown only if it fails.
+apt_get() {
+    local log status=0
+    log=$(mktemp)
+    "${root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get -q "$@" >"$log" 2>&1 || status=$?
+    [ "$status" = 0 ] || cat "$log"
+    rm "$log"
+    return "$status"
 }
 
 install_packages() {
-    local packages lists=no asked_for
+    local packages lists=good root=() whole
     mapfile -t packages < <(missing_packages | tr ' ' '\n')
+    # The guest is made of packages too, which are unpacked and never installed.
     if [ "${#packages[@]}" = 0 ] && [ -e "${PAGEKIT_CACHE:-.cache}/guest/stamp.json" ]; then
         return
     fi
     have apt-get || die "not found, and there is no apt-get to install it with: ${packages[*]:-the guest}" \
         "install what these packages of Debian have, or use Debian 12"
-    # linux-image-…: the guest is made from packages too, unpacked and never installed.
     apt_knows linux-image-cloud-amd64 "${packages[@]}" || lists=stale
     [ "$lists" = stale ] || [ "${#packages[@]}" != 0 ] || return 0
 
-    local install=(apt-get install -y --no-install-recommends --no-remove "${packages[@]}")
-    asked_for="apt-get update"
-    [ "${#packages[@]}" = 0 ] || asked_for+=" && ${install[*]}"
+    local install=(install -y --no-install-recommends --no-remove "${packages[@]}")
+    whole="apt-get update"
+    [ "${#packages[@]}" = 0 ] || whole+=" && apt-get ${install[*]}"
+    if [ "$(id -u)" != 0 ]; then
+        root=(sudo)
+        have sudo && { sudo -n true 2>/dev/null || { [ -t 0 ] && sudo true; }; } ||
+            die "packages are missing, and only root can install them" \
+                "ask an administrator to run: $whole"
+    fi
+
     if [ "$lists" = stale ]; then
         say "fetching the lists of packages"
-        as_root apt-get update -q
+        apt_get update || die "apt-get update failed"
     fi
     [ "${#packages[@]}" != 0 ] || return 0
     say "installing ${packages[*]}"
-    if ! as_root "${install[@]}"; then
-        [ "$lists" != stale ] || die "apt-get could not install ${packages[*]}"
+    if ! apt_get "${install[@]}"; then
         say "trying again with new lists of packages"
-        as_root apt-get update -q
-        as_root "${install[@]}" || die "apt-get could not install ${packages[*]}" \
-            "if it is because of another rustc: install Rust with rustup, or remove that package"
+        apt_get update && apt_get "${install[@]}" || die "apt-get could not install ${packages[*]}" \
+            "if that is because of another rustc: remove it, or install Rust with rustup"
     fi
-    rust_is_new_enough || die "no Rust that is new enough, even now: $(command -v rustc) comes first in PATH"
+    rust_is_new_enough || die "$(rustc --version), first in PATH, is too old" \
+        "put /usr/bin, where a newer one is now, before it"
 }
 
 # ---- 2. the environment

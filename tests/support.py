@@ -22,8 +22,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import pagekit
 import pytest
+
+import pagekit
 from pagekit.client import server_program, shim_path
 
 PAGE = 4096
@@ -33,7 +34,7 @@ NOBODY = 65534
 PATIENCE = 60.0
 """Seconds after which something that must happen has not."""
 
-# What a machine that runs the whole suite must have: Linux >= 6.8, root, /dev/userfaultfd, a compiler.
+# What a machine that is said to run the whole suite has.
 REQUIRED = {"userfaultfd", "root", "cc", "setpriv", "prlimit"}
 
 
@@ -75,7 +76,7 @@ def program(name: str) -> Path:
 
 @functools.cache
 def _programs() -> Path:
-    directory = Path(tempfile.mkdtemp(prefix="pagekit-programs-"))
+    directory = Path(tempfile.mkdtemp(prefix="pk-test-programs-"))
     directory.chmod(0o755)
     atexit.register(shutil.rmtree, directory)
     return directory
@@ -277,7 +278,15 @@ class Daemon:
         **more: Any,
     ) -> None:
         self.socket = socket
-        command = [*prefix, program or server_program(), spec, "--socket", socket, "--json", *options]
+        command = [
+            *prefix,
+            program or server_program(),
+            spec,
+            "--socket",
+            socket,
+            "--json",
+            *options,
+        ]
         self.process = start(command, {}, **more)
         line = self.process.stdout.readline()
         if not line:
@@ -378,7 +387,9 @@ class Client:
         self.socket.settimeout(PATIENCE)
         self.socket.connect(str(path))
 
-    def send(self, body: bytes, descriptors: Sequence[int] = (), *, head: bytes = b"pgkt\1") -> None:
+    def send(
+        self, body: bytes, descriptors: Sequence[int] = (), *, head: bytes = b"pgkt\1"
+    ) -> None:
         socket.send_fds(self.socket, [head + body], list(descriptors))
 
     def receive(self) -> tuple[int, bytes, list[int]]:

@@ -1,5 +1,5 @@
-"""Whatever is wrong: a clear error that names the thing and the remedy, the exit status of its class,
-and nobody else disturbed."""
+"""Whatever is wrong: a clear error that names the thing and the remedy, the exit status of its
+class, and nobody else disturbed."""
 
 from __future__ import annotations
 
@@ -17,10 +17,8 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import pagekit
 import pytest
 import support
-from pagekit import errors
 from support import (
     PAGE,
     UNAVAILABLE,
@@ -36,6 +34,9 @@ from support import (
     start,
     stopping,
 )
+
+import pagekit
+from pagekit import errors
 
 
 @pytest.fixture
@@ -308,7 +309,7 @@ def test_wrong_descriptors(daemon: Daemon, make: Callable[[], list[int]], words:
 def test_more_descriptors_than_fit(daemon: Daemon) -> None:
     with Client(daemon.socket) as client, ExitStack() as stack:
         pipes = [os.pipe() for _ in range(20)]
-        descriptors = [stack.enter_context(open(end)) for pair in pipes for end in pair]
+        descriptors = [stack.enter_context(os.fdopen(end)) for pair in pipes for end in pair]
         client.attach(PAGE)
         numbers = [file.fileno() for file in descriptors]
         assert client.region(1 << 40, numbers)[0] == 0
@@ -400,9 +401,7 @@ def test_a_client_that_reads_holes_is_found_out(memory: Memory) -> None:
             _, _, descriptors = client.attach(memory.size)
             with (
                 holding(*descriptors),
-                mmap.mmap(
-                    descriptors[0], memory.size, mmap.MAP_PRIVATE, mmap.PROT_READ
-                ) as view,
+                mmap.mmap(descriptors[0], memory.size, mmap.MAP_PRIVATE, mmap.PROT_READ) as view,
             ):
                 assert view[10 * PAGE] == 0
         stub = memory.stub()
@@ -443,9 +442,7 @@ def test_out_of_descriptors(memory: Memory) -> None:
 def test_no_address_space(memory: Memory) -> None:
     need("prlimit", shutil.which("prlimit"), "no prlimit")
     prefix = ["prlimit", f"--as={256 << 20}"]
-    status, err = refused(
-        "zero:1G", "--socket", memory.path.with_name("socket"), prefix=prefix
-    )
+    status, err = refused("zero:1G", "--socket", memory.path.with_name("socket"), prefix=prefix)
     assert status == 3 and "cannot map the template's file of 1073741824 bytes" in err
 
 
@@ -527,7 +524,7 @@ def test_a_seccomp_filter_is_named(memory: Memory) -> None:
 def test_too_many_open_files_is_no_lack_of_permission(memory: Memory) -> None:
     """The limit of this very process, reached while a server is wanted."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    used = len(os.listdir("/proc/self/fd"))
+    used = len(list(Path("/proc/self/fd").iterdir()))
     with pagekit.Template(memory.spec) as template:
         resource.setrlimit(resource.RLIMIT_NOFILE, (used + 1, hard))
         try:
@@ -536,3 +533,25 @@ def test_too_many_open_files_is_no_lack_of_permission(memory: Memory) -> None:
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         assert "Too many open files" in str(raised.value)
+
+
+def test_a_client_of_another_pid_namespace(memory: Memory) -> None:
+    """It cannot be watched, so it is not served."""
+    support.need_root()
+    need_userfaultfd()
+    need("unshare", shutil.which("unshare"), "no unshare")
+    prefix = ["unshare", "--pid", "--fork", "--kill-child"]
+    stub = memory.stub()
+    code = """
+try:
+    map_file()
+except OSError:
+    say("refused")
+"""
+    with Daemon(
+        memory.spec, memory.path.with_name("socket"), "--backend", "share", prefix=prefix
+    ) as daemon:
+        process = start(support.target_command(code, stub, memory), daemon.environment(stub))
+        with stopping(process):
+            out, err = support.ended(process)
+            assert out == "refused\n" and "the client is in another pid namespace" in err

@@ -14,7 +14,7 @@ import pytest
 import support
 from test_sandbox_fork import RIGHT, SUM
 
-from pagekit.errors import SnapshotError, UsageError
+from pagekit.errors import AgentError, SnapshotError, UsageError
 from pagekit.sandbox import Qemu, find_qemu, freeze_running
 from pagekit.sandbox.channel import Channel
 from pagekit.sandbox.foreign import _for_forks
@@ -110,8 +110,6 @@ def test_freeze_a_guest_without_an_agent_that_is_stopped(run: Path, tmp_path: Pa
         qmp = Qmp(Channel(connected(monitor)))
         assert not qmp.execute("query-status")["running"]  # nor was it before
         qmp.close()
-    from pagekit.errors import AgentError
-
     with Qemu.fork(snapshot) as fork:
         assert fork.monitor("query-status")["running"]
         with pytest.raises(AgentError, match="no agent"):

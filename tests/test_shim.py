@@ -11,7 +11,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import pagekit
 import pytest
 import support
 from support import (
@@ -26,6 +25,8 @@ from support import (
     start,
     stopping,
 )
+
+import pagekit
 
 
 @pytest.fixture
@@ -424,6 +425,54 @@ def test_signals(served: Served) -> None:
     process = start(command, served.environment(stub))
     with stopping(process):
         assert support.ended(process) == ("wrong 0\n", "")
+
+
+def test_programs_that_close_what_they_do_not_know(served: Served) -> None:
+    stub = served.memory.stub()
+    process = start([program("closer"), stub, served.memory.path], served.environment(stub))
+    with stopping(process):
+        assert support.ended(process) == ("wrong 0\n", "")
+
+
+def test_giving_back_and_forking_without_descriptors(served: Served) -> None:
+    """Another file may have the numbers by then."""
+    code = """
+start = map_file()
+def daemon(depth):
+    os.closerange(3, 100)
+    others = [os.open(STUB, os.O_RDWR) for _ in range(20)]
+    punch(10 + depth, 30)
+    call(libc.madvise, start, 64 * PAGE, DONTNEED)
+    zeros = range(10, 40 + depth)
+    assert all(page(start, number) == ZEROS for number in zeros if number >= 10 + depth)
+    check(start, range(50, PAGES, 3))
+    def child():
+        assert all(os.fstat(other).st_size == len(CONTENT) for other in others)
+        if depth:
+            daemon(depth - 1)
+    wait_for(in_child(child))
+    check(start, range(50, PAGES))
+daemon(2)
+"""
+    right(served, code)
+
+
+def test_a_server_that_dies_is_noticed_without_descriptors(memory: Memory) -> None:
+    support.need_userfaultfd()
+    code = """
+start = map_file()
+os.closerange(3, 100)
+say("ready")
+sys.stdin.readline()
+"""
+    stub = memory.stub()
+    with Daemon(memory.spec, memory.path.with_name("socket"), "--backend", "share") as daemon:
+        process = start(support.target_command(code, stub, memory), daemon.environment(stub))
+        with stopping(process):
+            assert process.stdout.readline() == "ready\n"
+            daemon.process.kill()
+            _, err = support.ended(process, UNAVAILABLE)
+            assert "the pagekit server is gone" in err
 
 
 def test_our_threads_take_no_signals(served: Served) -> None:

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import pagekit
 import pytest
 import support
-from pagekit import errors
 from support import PAGE, Memory
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="linux: served memory needs it")
+import pagekit
+from pagekit import errors
 
 
 @pytest.fixture
@@ -109,13 +109,27 @@ def test_failures(memory: Memory) -> None:
         assert raised.value.retryable and raised.value.exit_code == 6
 
 
-def test_a_cut_file_is_an_error(memory: Memory) -> None:
+def cut(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.truncate(PAGE * 100)
+
+
+def overwrite(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.write(b"other")
+    os.utime(path, (0, 0))
+
+
+@pytest.mark.parametrize("change", [cut, overwrite])
+def test_a_changed_file_is_an_error(memory: Memory, change: Callable[[Path], None]) -> None:
+    """For ever, and for everything that was not fetched before; never zeros, never a mixture."""
     with pagekit.Template(memory.spec) as template:
-        with memory.path.open("r+b") as file:
-            file.truncate(PAGE * 100)
+        template.read(10 * PAGE, 8)
+        change(memory.path)
         assert template.read(10 * PAGE, 8) == support.page_content(10)[:8]
-        with pytest.raises(errors.IntegrityError, match="ended at byte 409600") as raised:
-            template.read(200 * PAGE, 1)
+        for _ in range(2):
+            with pytest.raises(errors.IntegrityError, match="was changed while it") as raised:
+                template.read(450 * PAGE, 1)
         assert raised.value.exit_code == 7 and not raised.value.retryable
 
 
@@ -211,9 +225,7 @@ def test_other_systems(monkeypatch: pytest.MonkeyPatch) -> None:
     assert raised.value.hint and raised.value.exit_code == 3
 
 
-def test_an_installation_without_the_shim(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_an_installation_without_the_shim(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from pagekit import client
 
     monkeypatch.setattr(client, "__file__", str(tmp_path / "client.py"))

@@ -7,23 +7,20 @@
     ├─ KernelError(OSError)           the kernel refused or lacks something
     │  ├─ Unsupported                 this system or kernel cannot do it, whoever asks
     │  └─ PermissionDenied            it could, but not for this user; the hint names the knob
-    ├─ TargetError                    a process whose memory is served
-    │  └─ Gone                        it ended, or replaced its memory by exec
     ├─ SourceError(OSError)           the place the pages come from failed
     │  ├─ Missing                     there is nothing at that place
     │  └─ Unavailable                 it exists, but could not be read now
     ├─ IntegrityError                 bytes are not what they must be; never retried on the same copy
     ├─ ServerError(OSError)           the server could not be started or reached
     │  └─ AddressInUse                another server answers on this socket
-    ├─ SandboxError                   a sandbox driver could not do its work
-    │  ├─ QemuMissing                 no QEMU program, or one that does not start
-    │  ├─ GuestMissing                no kernel or initramfs to boot
-    │  ├─ BootFailed                  the guest or its VMM did not come up in time
-    │  ├─ ForkDied                    a running sandbox ended; the message says why
-    │  ├─ AgentError                  the program in the guest did not answer as it must
-    │  ├─ CodeError                   code that ran in a sandbox raised; its traceback is kept
-    │  └─ SnapshotError               a snapshot directory is damaged or cannot be made
-    └─ InternalError                  a bug in pagekit, please report it
+    └─ SandboxError                   a sandbox driver could not do its work
+       ├─ QemuMissing                 no QEMU program, or one that does not start
+       ├─ GuestMissing                no kernel or initramfs to boot
+       ├─ BootFailed                  the guest or its VMM did not come up in time
+       ├─ ForkDied                    a running sandbox ended; the message says why
+       ├─ AgentError                  the program in the guest did not answer as it must
+       ├─ CodeError                   code that ran in a sandbox raised; its traceback is kept
+       └─ SnapshotError               a snapshot directory is damaged or cannot be made
 
 A builtin is the second base where callers would already catch it. The text says what failed, on
 what, and why, in lower case; what to do next is in ``hint``. ``exit_code`` is what the command line
@@ -68,16 +65,6 @@ class PermissionDenied(KernelError):
     """It could be done, but not by this user; the hint names the knob."""
 
     exit_code = 4
-
-
-class TargetError(PagekitError):
-    """Something about a process whose memory is served."""
-
-    exit_code = 5
-
-
-class Gone(TargetError):
-    """The target ended, or replaced its memory by exec."""
 
 
 class SourceError(PagekitError, OSError):
@@ -159,9 +146,3 @@ class CodeError(SandboxError):
 
 class SnapshotError(SandboxError):
     """A snapshot directory is damaged, or cannot be made."""
-
-
-class InternalError(PagekitError):
-    """A bug in pagekit, please report it."""
-
-    exit_code = 70

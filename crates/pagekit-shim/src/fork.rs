@@ -63,7 +63,7 @@ extern "C" fn in_child() {
         match introduce(beacon) {
             Ok((target, uffd)) => {
                 served.target = target;
-                served.uffd = uffd;
+                served.uffd = uffd.into();
                 true
             }
             Err(text) => {

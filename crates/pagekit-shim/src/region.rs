@@ -19,6 +19,7 @@
 //! What the program unmaps, moves or maps over is followed, so that addresses that are used again are
 //! never taken for ours. A region cannot grow, and cannot be moved while staying where it was.
 
+use std::mem::ManuallyDrop;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -100,12 +101,34 @@ impl Piece {
 /// What keeps a region served.
 #[derive(Debug)]
 pub(crate) struct Served {
-    /// Held so that the death of the server does not turn what is missing into zeros.
-    pub(crate) uffd: Userfaultfd,
+    /// For clearing what is given back.
+    pub(crate) uffd: InTable,
     pub(crate) target: u64,
     /// A page that tells a child its number; none if children are kept out.
     pub(crate) beacon: Option<u64>,
     zero_runs: Vec<Run>,
+}
+
+/// A userfaultfd in the program's own descriptor table, where the program may have closed it, and may
+/// have got the same number for something else. (The one that keeps the memory from turning into
+/// zeros is in the table of a thread of ours: [`crate::watch`].)
+#[derive(Debug)]
+pub(crate) struct InTable(ManuallyDrop<Userfaultfd>);
+
+impl From<Userfaultfd> for InTable {
+    fn from(uffd: Userfaultfd) -> InTable {
+        InTable(ManuallyDrop::new(uffd))
+    }
+}
+
+impl Drop for InTable {
+    fn drop(&mut self) {
+        // Only a userfaultfd can be asked this.
+        if uffd::handshake_needed(&*self.0).is_ok() {
+            // SAFETY: dropped here and nowhere else.
+            unsafe { ManuallyDrop::drop(&mut self.0) };
+        }
+    }
 }
 
 static REGIONS: Mutex<Vec<Region>> = Mutex::new(Vec::new());
@@ -145,7 +168,7 @@ pub(crate) fn map(settings: &Settings, wanted: &Wanted) -> Result<*mut c_void, R
             let offer = Offer { mapping, fork_events, zero_runs, descriptors };
             let region = accept(offer, wanted, &connection)?;
             if let Some(served) = &region.served {
-                let held = served.uffd.as_fd().try_clone_to_owned();
+                let held = served.uffd.0.as_fd().try_clone_to_owned();
                 crate::watch::server(connection, held.map_err(|error| error.to_string())?)?;
             }
             region
@@ -302,7 +325,7 @@ fn accept(offer: Offer, wanted: &Wanted, connection: &Connection) -> Result<Regi
     if allowed != 0 {
         return Err(last_error("the mapping's access cannot be set").into());
     }
-    let served = Served { uffd, target, beacon, zero_runs: offer.zero_runs };
+    let served = Served { uffd: uffd.into(), target, beacon, zero_runs: offer.zero_runs };
     Ok(Region {
         pieces: vec![piece],
         protection: wanted.protection,
@@ -482,7 +505,16 @@ impl Region {
                     Some(served) => {
                         for part in complement(hole, &served.zero_runs) {
                             let at = dropped.address_of(part.start);
-                            install_zeros(&served.uffd, at, part.bytes(), advice)?;
+                            match install_zeros(&served.uffd.0, at, part.bytes(), advice) {
+                                Ok(()) => {}
+                                // The program closed it: zeros in a mapping of their own, then.
+                                Err(Errno::BADF | Errno::NOTTY) => {
+                                    map_anonymous(at, part.bytes(), self.protection)?;
+                                }
+                                Err(errno) => {
+                                    return Err(format!("{} pages at {at:#x}: {errno}", part.pages))
+                                }
+                            }
                         }
                     }
                     None => {
@@ -496,7 +528,7 @@ impl Region {
     }
 }
 
-fn install_zeros(uffd: &Userfaultfd, start: u64, bytes: u64, advice: c_int) -> Result<(), String> {
+fn install_zeros(uffd: &Userfaultfd, start: u64, bytes: u64, advice: c_int) -> Result<(), Errno> {
     let (mut at, end) = (start, start + bytes);
     let mut refusals = 0;
     while at < end {
@@ -512,7 +544,7 @@ fn install_zeros(uffd: &Userfaultfd, start: u64, bytes: u64, advice: c_int) -> R
             }
             // An event is on its way to the server; it passes.
             Some(Errno::AGAIN) if refusals < 1_000_000 => std::thread::yield_now(),
-            Some(errno) => return Err(format!("page at {at:#x}: {errno}")),
+            Some(errno) => return Err(errno),
         }
         refusals += 1;
     }

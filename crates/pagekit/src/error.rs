@@ -90,6 +90,11 @@ impl Error {
         matches!(self, Error::Unavailable { .. })
     }
 
+    /// Whether the one that fetched stopped in the middle; anybody else may go on.
+    pub(crate) fn given_up(&self) -> bool {
+        matches!(self, Error::Unavailable { error, .. } if error.kind() == io::ErrorKind::Interrupted)
+    }
+
     /// The exit status of a program that ends with this error; the same as in `pagekit.errors`.
     pub fn exit_code(&self) -> u8 {
         match self {

@@ -298,13 +298,17 @@ impl Userfaultfd {
     }
 
     /// Whether the target's address space still exists: it goes with exit and with exec, and the
-    /// kernel sends nothing then. `address` is any page-aligned address of the target. Asks by a
-    /// copy that can never fill anything, because its source cannot be read.
+    /// kernel sends nothing then. `address` is any page-aligned address of the target.
     pub fn is_alive(&self, address: u64) -> bool {
-        // SAFETY: the source is a page without any access: the kernel answers ESRCH before it looks
-        // at it, else ENOENT, EEXIST or EFAULT, and fills nothing.
-        let outcome = unsafe { self.copy_from(address, unreadable_page(), 4096) };
-        outcome.errno != Some(Errno::SRCH)
+        self.probe_page(address) != Some(Errno::SRCH)
+    }
+
+    /// What the kernel says to a fill of the page at `address` that can never fill anything, because
+    /// its source cannot be read: ESRCH (the target is gone), EAGAIN (an event is pending), ENOENT
+    /// (not registered), EFAULT (registered, whether there is a page or not).
+    pub fn probe_page(&self, address: u64) -> Option<Errno> {
+        // SAFETY: the source is a page without any access: the kernel fills nothing.
+        unsafe { self.copy_from(address, unreadable_page(), 4096) }.errno
     }
 
     /// Reads all events that are pending and fit; none pending is an empty iterator.

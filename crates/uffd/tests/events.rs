@@ -19,6 +19,9 @@ fn alone() -> MutexGuard<'static, ()> {
 
 /// A child of this process, which lives until the descriptor is closed. It executes `program`, if
 /// given, which must read its standard input to the end.
+///
+/// By the bare system call: the C library's fork holds the locks of malloc until the kernel returns,
+/// which is not before another thread of this same process has read the event.
 fn fork(program: Option<&'static CStr>) -> (JoinHandle<libc::pid_t>, OwnedFd) {
     let (hold, release) = rustix::pipe::pipe().unwrap();
     let inherited = release.as_raw_fd();
@@ -26,7 +29,7 @@ fn fork(program: Option<&'static CStr>) -> (JoinHandle<libc::pid_t>, OwnedFd) {
         let hold = hold.as_raw_fd();
         // SAFETY: the child only makes system calls, and never returns.
         unsafe {
-            let pid = libc::fork();
+            let pid = libc::syscall(libc::SYS_clone, libc::SIGCHLD, 0, 0, 0, 0) as libc::pid_t;
             if pid == 0 {
                 libc::close(inherited);
                 libc::dup2(hold, 0);

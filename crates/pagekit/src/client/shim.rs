@@ -26,8 +26,8 @@ use std::time::{Duration, Instant};
 use rustix::event::{eventfd, poll, EventfdFlags, PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
 use rustix::net::{
-    accept_with, bind, connect, listen, socket_with, sockopt, AddressFamily, SocketAddrUnix,
-    SocketFlags, SocketType,
+    accept_with, bind, connect, listen, socket_with, AddressFamily, SocketAddrUnix, SocketFlags,
+    SocketType,
 };
 use rustix::process::{pidfd_open, PidfdFlags};
 use uffd::{passing, Features, Userfaultfd};
@@ -328,14 +328,22 @@ impl Service {
     fn accept(&self, connections: &mut HashMap<i32, Connection>) {
         // Not blocking: a client that reads no answers must not stop us from answering others.
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-        while let Ok(socket) = accept_with(&self.socket, flags) {
+        loop {
+            let socket = match accept_with(&self.socket, flags) {
+                Ok(socket) => socket,
+                Err(Errno::MFILE | Errno::NFILE) => {
+                    // The client waits in the queue, and keeps the socket readable: do not spin.
+                    std::thread::sleep(Duration::from_millis(10));
+                    return;
+                }
+                Err(_) => return,
+            };
             // Connections above the limit are closed: their clients get a clear end.
-            let Ok(peer) = sockopt::socket_peercred(&socket) else { continue };
             if connections.len() >= MOST_CLIENTS {
                 continue;
             }
             let connection = Connection {
-                pid: peer.pid.as_raw_nonzero().get(),
+                pid: peer_pid(&socket),
                 deadline: Some(Instant::now() + SILENCE),
                 attached: None,
                 socket,
@@ -497,6 +505,25 @@ impl Service {
         let uffd = target.dup_uffd().map_err(|error| error.to_string())?;
         uffd.as_fd().try_clone_to_owned().map_err(|error| error.to_string())
     }
+}
+
+/// The process that connected; 0 if it has no number in our pid namespace. (Rustix calls such an
+/// answer an error.)
+fn peer_pid(socket: &OwnedFd) -> i32 {
+    let mut peer = libc::ucred { pid: 0, uid: 0, gid: 0 };
+    let mut length = size_of::<libc::ucred>() as libc::socklen_t;
+    // SAFETY: both are valid for the call, and the length is that of the structure. It cannot fail
+    // for a connected Unix socket; if it did, the number would stay 0.
+    unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_PEERCRED,
+            std::ptr::from_mut(&mut peer).cast(),
+            &mut length,
+        )
+    };
+    peer.pid
 }
 
 fn open_pidfd(pid: i32) -> Result<OwnedFd, String> {

@@ -30,6 +30,7 @@ use uffd::{Event, MessageBuffer};
 use super::region::RegionMap;
 use super::target::{NewTarget, Target};
 use super::{after, Fault, Shared, TargetId, Token};
+use crate::page::PAGE;
 
 /// Messages read at once: a read costs a system call, a message 32 bytes.
 const MESSAGES: usize = 64;
@@ -41,12 +42,16 @@ const LOOK_AROUND: Duration = Duration::from_micros(500);
 /// Exit and exec of a process without pidfd announce nothing: ask so often.
 const LIFE_SIGN: Duration = Duration::from_secs(1);
 
+/// Pause after a fork's descriptor found no room.
+const STARVED_PAUSE: Duration = Duration::from_millis(10);
+
 pub(super) fn run(shared: &Arc<Shared>) {
     let mut state = Loop {
         shared,
         messages: MessageBuffer::new(MESSAGES),
         poll: SHORTEST_POLL,
         next_life_sign: after(LIFE_SIGN),
+        starved: false,
     };
     let mut ready: Vec<EpollEvent> = Vec::with_capacity(MESSAGES);
     let mut due = None;
@@ -68,6 +73,8 @@ struct Loop<'a> {
     messages: MessageBuffer,
     poll: Duration,
     next_life_sign: Instant,
+    /// Whether the last fork found no room for its descriptor.
+    starved: bool,
 }
 
 impl Loop<'_> {
@@ -124,10 +131,15 @@ impl Loop<'_> {
         let mut faults: Vec<u64> = Vec::new();
         let mut children = Vec::new();
         let mut events = false;
+        let mut starved = None;
         let mut state = target.state();
         loop {
             let mut read = 0;
             match target.uffd.read_events(&mut self.messages) {
+                Err(error) if out_of_room(&error) => {
+                    starved = Some(error);
+                    break;
+                }
                 Err(error) => {
                     drop(state);
                     let message = format!("target {}: cannot read its events: {error}", target.id);
@@ -181,10 +193,24 @@ impl Loop<'_> {
         if events {
             target.hasten(now);
         }
+        self.starved = match (starved, self.starved) {
+            (Some(error), before) => {
+                if !before {
+                    let message = format!("target {} cannot fork: {error}", target.id);
+                    self.shared.report(&message);
+                }
+                // It is readable still: without a pause this would be a busy loop.
+                std::thread::sleep(STARVED_PAUSE);
+                true
+            }
+            (None, _) => false,
+        };
         any
     }
 
     fn adopt(&self, parent: &Arc<Target>, uffd: uffd::Userfaultfd, regions: RegionMap) {
+        // Kept until it is known that the child is served: without a holder it would read zeros.
+        let (spare, ranges) = (uffd.try_clone(), regions.clone());
         let child = NewTarget {
             uffd,
             process: None,
@@ -193,9 +219,14 @@ impl Loop<'_> {
             regions,
             beacon: parent.beacon,
         };
-        if let Err(error) = self.shared.add(Some(parent.id), child) {
-            let message = format!("a child of target {} cannot be served: {error}", parent.id);
-            self.shared.report(&message);
+        let Err(error) = self.shared.add(Some(parent.id), child) else { return };
+        let message = format!(
+            "a child of target {} cannot be served: {error}; its missing pages are poisoned",
+            parent.id
+        );
+        self.shared.report(&message);
+        if let Ok(uffd) = spare {
+            ranges.ranges().for_each(|(start, bytes)| poison_missing(&uffd, start, bytes));
         }
     }
 
@@ -267,4 +298,25 @@ impl Loop<'_> {
             self.shared.forget(target.id);
         }
     }
+}
+
+/// Makes all pages of a range raise SIGBUS that are not there.
+fn poison_missing(uffd: &uffd::Userfaultfd, start: u64, bytes: u64) {
+    let (mut at, end) = (start, start + bytes);
+    while at < end {
+        let progress = uffd.poison(at, end - at);
+        at += progress.done as u64;
+        match progress.errno {
+            None => break,
+            Some(Errno::EXIST) => at += PAGE,
+            Some(Errno::AGAIN) => std::thread::yield_now(),
+            Some(_) => break,
+        }
+    }
+}
+
+/// Whether a read failed because a fork's descriptor found no room. The event is not lost then, nor
+/// the child: it waits with its parent until there is room.
+fn out_of_room(error: &std::io::Error) -> bool {
+    matches!(Errno::from_io_error(error), Some(Errno::MFILE | Errno::NFILE | Errno::NOMEM))
 }

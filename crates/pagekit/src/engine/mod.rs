@@ -19,8 +19,9 @@ mod target;
 mod workers;
 
 use std::collections::HashMap;
-use std::io;
+use std::io::{self, Write};
 use std::os::fd::{AsFd, OwnedFd};
+use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
@@ -147,7 +148,7 @@ impl Engine {
         let shared = Arc::new(create().map_err(failed)?);
         let for_loop = Arc::clone(&shared);
         let loop_thread =
-            crate::thread::spawn("pk-loop", move || event_loop::run(&for_loop)).map_err(failed)?;
+            crate::thread::spawn("pk-loop", move || for_loop.keep_looping()).map_err(failed)?;
         Ok(Engine { shared, loop_thread: Mutex::new(Some(loop_thread)) })
     }
 
@@ -240,6 +241,17 @@ impl Drop for Engine {
 }
 
 impl Shared {
+    /// Runs the loop. A panic in it is a bug, but must not leave anybody waiting: faults that were
+    /// read and not served are delivered again when their regions are woken.
+    fn keep_looping(self: &Arc<Self>) {
+        while catch_unwind(AssertUnwindSafe(|| event_loop::run(self))).is_err() {
+            self.report("a bug ended the event loop; it starts again (please report this)");
+            for target in self.targets().values() {
+                target.wake_all();
+            }
+        }
+    }
+
     fn add(&self, parent: Option<TargetId>, new: NewTarget) -> io::Result<Arc<Target>> {
         let id = self.ever.fetch_add(1, Relaxed) + 1;
         let target = Arc::new(Target::new(id, parent, new));
@@ -289,7 +301,8 @@ impl Shared {
 
     /// Says on stderr what went wrong, and keeps it for the statistics.
     fn report(&self, message: &str) {
-        eprintln!("pagekit: {message}");
+        // Not eprintln!, which panics where nobody reads: no thread of ours ends for that.
+        let _ = writeln!(io::stderr(), "pagekit: {message}");
         let mut reports = self.reports.lock().unwrap_or_else(PoisonError::into_inner);
         if reports.len() == REPORTS {
             reports.remove(0);

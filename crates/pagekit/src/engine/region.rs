@@ -74,6 +74,11 @@ impl RegionMap {
         }
     }
 
+    /// All addresses of the map, as start and length.
+    pub(crate) fn ranges(&self) -> impl Iterator<Item = (u64, u64)> + '_ {
+        self.pieces.iter().map(|(start, piece)| (*start, piece.end - start))
+    }
+
     /// Some address of the map, for asking whether the target lives.
     pub(crate) fn any_address(&self) -> Option<u64> {
         self.pieces.keys().next().copied()

@@ -90,6 +90,8 @@ pub(super) struct Fault {
     /// When it was read.
     pub(super) born: Instant,
     attempts: u32,
+    /// Since when the kernel refuses to fill it. Time that a source took does not count.
+    refused: Option<Instant>,
     /// Not before this moment again.
     pub(super) due: Instant,
     /// Why its page cannot be had, if so.
@@ -104,6 +106,7 @@ impl Fault {
             address: address & !(PAGE - 1),
             born,
             attempts: 0,
+            refused: None,
             due: born,
             failure: None,
             window: 0,
@@ -177,6 +180,13 @@ impl Target {
         lock(&self.state)
     }
 
+    /// Wakes everybody who waits: whose page is still missing faults again.
+    pub(super) fn wake_all(&self) {
+        for (start, bytes) in self.state().regions.ranges() {
+            let _ = self.uffd.wake(start, bytes);
+        }
+    }
+
     /// Whether its address space still exists.
     pub(super) fn is_alive(&self) -> bool {
         let address = self.state().regions.any_address().or(self.beacon);
@@ -213,9 +223,8 @@ impl Target {
         }
         let mut state = self.state();
         let Some(place) = state.regions.find(fault.address) else {
-            // Unmapped since; whoever waits there shall look again.
-            let _ = self.uffd.wake(fault.address, PAGE);
-            return shared.count(Outcome::Abandoned, &fault);
+            drop(state);
+            return self.nothing_known(shared, fault);
         };
         let resolution = match place.belongs {
             Belongs::Zero => self.zero(fault.address, place.bytes),
@@ -255,10 +264,29 @@ impl Target {
         self.settle(shared, fault, resolution);
     }
 
+    /// A fault at an address of which no event and no client said what belongs there.
+    fn nothing_known(self: &Arc<Self>, shared: &Arc<Shared>, fault: Fault) {
+        match self.uffd.probe_page(fault.address) {
+            Some(Errno::AGAIN) => self.settle(shared, fault, Resolution::Blocked),
+            // Grown by mremap, or left behind by a move that does not unmap. Zeros could be wrong,
+            // and waking would go on for ever.
+            Some(Errno::FAULT) => {
+                let message = "it is registered, but in no region".to_owned();
+                self.give_up(shared, fault, Arc::new(Error::Integrity { message }));
+            }
+            // Unmapped since; whoever waits there shall look again.
+            _ => self.settle(shared, fault, Resolution::NotCovered),
+        }
+    }
+
     fn waiter(self: &Arc<Self>, shared: &Arc<Shared>, fault: &Fault) -> Waiter {
         let (target, shared, mut fault) = (Arc::clone(self), Arc::clone(shared), fault.clone());
         Box::new(move |outcome| {
-            fault.failure = outcome.as_ref().err().map(Arc::clone);
+            fault.failure = match outcome {
+                // Another engine stopped in the middle of it: the next fetch is ours.
+                Err(error) if error.given_up() && !shared.stopped.load(Relaxed) => None,
+                outcome => outcome.as_ref().err().map(Arc::clone),
+            };
             target.serve(&shared, fault);
         })
     }
@@ -297,7 +325,7 @@ impl Target {
                 Outcome::Abandoned
             }
             Resolution::Blocked | Resolution::Refused(_) => {
-                if fault.born.elapsed() < REFUSAL_DEADLINE {
+                if fault.refused.get_or_insert_with(Instant::now).elapsed() < REFUSAL_DEADLINE {
                     return self.defer(shared, fault);
                 }
                 let errno = match resolution {

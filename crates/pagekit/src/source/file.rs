@@ -7,7 +7,8 @@
 //!   so the event loop can serve cached content itself, without a thread that could block.
 //! - `SEEK_HOLE` tells what was never written: such runs are zero without being read.
 //! - Nothing protects the file from being changed. Size and modification time are compared with
-//!   those at opening whenever a read comes up short; a cut file is an error for ever, never zeros.
+//!   those at opening after every read; a file that was changed or cut is an error for ever, never
+//!   zeros or a mixture.
 
 use std::fs::{File as Handle, Metadata};
 use std::io;
@@ -62,16 +63,29 @@ impl File {
         Ok(File { path: path.to_owned(), handle, opened_as })
     }
 
-    fn short(&self, offset: u64) -> Error {
-        let now = self.handle.metadata().map(|m| m.size()).unwrap_or(0);
-        Error::Integrity {
-            message: format!(
-                "template file {} ended at byte {now} while it was served (it had {} when opened; \
-                 read at {offset})",
-                self.path.display(),
-                self.opened_as.len()
-            ),
+    /// Whether the file is still what was opened, as far as size and modification time tell.
+    fn unchanged(&self) -> Result<()> {
+        let now = self.handle.metadata().map_err(|error| self.unreadable(error))?;
+        let same = |of: fn(&Metadata) -> i64| of(&now) == of(&self.opened_as);
+        if now.size() == self.opened_as.size()
+            && same(Metadata::mtime)
+            && same(Metadata::mtime_nsec)
+        {
+            return Ok(());
         }
+        Err(Error::Integrity {
+            message: format!(
+                "template file {} was changed while it was served: it has {} bytes now, and had {} \
+                 when opened",
+                self.path.display(),
+                now.size(),
+                self.opened_as.size()
+            ),
+        })
+    }
+
+    fn unreadable(&self, error: io::Error) -> Error {
+        Error::Unavailable { what: format!("cannot read {}", self.path.display()), error }
     }
 }
 
@@ -107,20 +121,19 @@ impl Source for File {
     }
 
     fn read(&self, offset: u64, buffer: &mut [u8]) -> Result<Content> {
-        match self.handle.read_exact_at(buffer, offset) {
-            Ok(()) => Ok(Content::Bytes),
-            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Err(self.short(offset)),
-            Err(error) => Err(Error::Unavailable {
-                what: format!("cannot read {}", self.path.display()),
-                error,
-            }),
-        }
+        let read = self.handle.read_exact_at(buffer, offset);
+        // Asked after the read, so that what was read is what was opened.
+        self.unchanged()?;
+        read.map(|()| Content::Bytes).map_err(|error| self.unreadable(error))
     }
 
     fn try_read(&self, offset: u64, buffer: &mut [u8]) -> Result<Option<Content>> {
         let mut parts = [io::IoSliceMut::new(buffer)];
         match preadv2(&self.handle, &mut parts, offset, ReadWriteFlags::NOWAIT) {
-            Ok(read) if read == buffer.len() => Ok(Some(Content::Bytes)),
+            Ok(read) if read == buffer.len() => {
+                self.unchanged()?;
+                Ok(Some(Content::Bytes))
+            }
             // Not cached, partly cached, or a file system that cannot say: let a worker read it.
             Ok(_) | Err(_) => Ok(None),
         }

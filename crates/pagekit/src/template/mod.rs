@@ -302,6 +302,15 @@ impl Template {
 
     /// Makes one page present on this thread, or says which zero run it lies in.
     fn bring(self: &Arc<Self>, page: u64) -> Result<Option<Run>, Arc<Error>> {
+        loop {
+            match self.bring_once(page) {
+                Err(error) if error.given_up() => {}
+                outcome => return outcome,
+            }
+        }
+    }
+
+    fn bring_once(self: &Arc<Self>, page: u64) -> Result<Option<Run>, Arc<Error>> {
         self.check()?;
         let (sender, receiver) = std::sync::mpsc::sync_channel(1);
         let waiter: Waiter = Box::new(move |outcome| {
@@ -508,11 +517,12 @@ fn tell(waiters: Vec<(u64, Waiter)>, outcome: &Result<(), Arc<Error>>) {
 impl Drop for Fetch {
     fn drop(&mut self) {
         if !self.ended {
-            let message = format!(
-                "the fetch of {} pages at page {} was given up",
-                self.run.pages, self.run.start
-            );
-            self.end(Err(Arc::new(Error::Integrity { message })));
+            let what = format!("fetch of {} pages at page {}", self.run.pages, self.run.start);
+            self.end(Err(Arc::new(match std::thread::panicking() {
+                true => Error::Integrity { message: format!("{what}: the source panicked") },
+                // Somebody else may go on with it: see `Error::given_up`.
+                false => Error::Unavailable { what, error: std::io::ErrorKind::Interrupted.into() },
+            })));
         }
     }
 }

@@ -1,0 +1,220 @@
+"""``pagekit boot`` and ``pagekit demo``, as programs: what they print, and what they leave behind
+however they end: nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import support
+
+from pagekit.errors import ForkDied
+from pagekit.sandbox import Qemu, Snapshot, memory
+from pagekit.sandbox.rundir import sweep
+
+PAGEKIT = [sys.executable, "-c", "from pagekit.cli import main; main()"]
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Iterator[Path]:
+    """Where a program puts its run directories. At the end nothing may be there, nor anywhere."""
+    mounts = Path("/proc/self/mountinfo").read_text()
+    directory = tmp_path / "place"
+    directory.mkdir()
+    yield directory
+    assert not list(directory.iterdir())
+    assert Path("/proc/self/mountinfo").read_text() == mounts
+
+
+def pagekit(place: Path, *arguments: object, status: int = 0) -> tuple[str, str]:
+    """Run a verb to its end."""
+    process = support.start([*PAGEKIT, *arguments], {"TMPDIR": str(place)})
+    with support.stopping(process):
+        return support.ended(process, status)
+
+
+def children(owner: int) -> list[int]:
+    """The processes that must end with ``owner``, and have not."""
+    found = []
+    for process in Path("/proc").iterdir():
+        with suppress(OSError):
+            if f"PAGEKIT_OWNER={owner}".encode() in (process / "environ").read_bytes().split(b"\0"):
+                found.append(int(process.name))
+    return found
+
+
+def test_boot_forks(snapshot: Snapshot, place: Path) -> None:
+    code = "print('hello'); result = os.environ['PAGEKIT_FORK_ID']"
+    arguments = ("boot", snapshot.directory, "--forks", 3, "--exec", code, "--json")
+    out, err = pagekit(place, *arguments)
+    report = json.loads(out)
+    assert report["backend"] == "plain"
+    assert report["accelerator"] == snapshot.accelerator
+    assert len(report["forks"]) == 3
+    for fork in report["forks"]:
+        assert fork["output"] == "hello\n"
+        assert fork["result"] == fork["fork_id"]
+        assert fork["error"] is None
+        assert fork["ready_s"] > fork["resume_to_answer_s"] > 0
+    assert len({fork["fork_id"] for fork in report["forks"]}) == 3
+    assert "backend: plain" in err
+
+
+def test_boot_for_people(snapshot: Snapshot, place: Path) -> None:
+    support.need_userfaultfd()
+    out, err = pagekit(
+        place, "boot", snapshot.directory, "--backend", "share", "--exec", "result = 6 * 7"
+    )
+    assert "42" in out
+    assert snapshot.accelerator in out
+    assert "backend: share" in err
+
+
+def test_code_that_raises(snapshot: Snapshot, place: Path) -> None:
+    out, err = pagekit(place, "boot", snapshot.directory, "--exec", "1 / 0", "--json", status=9)
+    assert "raised" in json.loads(out)["forks"][0]["error"]
+    assert "ZeroDivisionError" in err
+    assert "error: the code raised in the sandbox" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "said"),
+    [
+        (("boot",), 2, "give the DIR"),
+        (("boot", "{}/nothing"), 9, "is not a snapshot"),
+        (("boot", "--save", "{}/new", "--kernel", "{}/none", "--initrd", "{}/no"), 9, "no kernel"),
+        (("boot", "--save", "{}/new", "--qmp", "{}/nothing"), 9, "cannot connect"),
+    ],
+)
+def test_bad_arguments(
+    arguments: tuple[str, ...], status: int, said: str, tmp_path: Path, place: Path
+) -> None:
+    given = [argument.format(tmp_path) for argument in arguments]
+    out, err = pagekit(place, *given, status=status)
+    assert not out
+    assert said.lower() in err.lower()
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("backend", ["plain", "share"])
+def test_interrupted(number: int, backend: str, snapshot: Snapshot, place: Path) -> None:
+    if backend == "share":
+        support.need_userfaultfd()
+    process = support.start(
+        [
+            *(*PAGEKIT, "boot", snapshot.directory, "--forks", 3, "--backend", backend),
+            *("--exec", "time.sleep(600)"),
+        ],
+        {"TMPDIR": str(place)},
+    )
+    with support.stopping(process):
+        # As many run at once as there are processors.
+        support.until(lambda: children(process.pid), "forks run")
+        process.send_signal(number)
+        started = time.monotonic()
+        out, err = support.ended(process, 128 + number)
+        assert time.monotonic() - started < 20
+        assert not out
+        assert "Traceback" not in err
+        assert not children(process.pid)
+
+
+def test_interrupted_while_a_guest_boots(tmp_path: Path, guest: Any, place: Path) -> None:
+    process = support.start([*PAGEKIT, "boot", "--save", tmp_path / "new"], {"TMPDIR": str(place)})
+    with support.stopping(process):
+        support.until(lambda: children(process.pid), "the guest boots")
+        process.send_signal(signal.SIGINT)
+        support.ended(process, 130)
+        assert not children(process.pid)
+    assert [path.name for path in tmp_path.iterdir()] == ["place"]
+
+
+def test_killed(snapshot: Snapshot, place: Path) -> None:
+    """Its forks end with it; its run directory is swept away by the next that comes along."""
+    process = support.start(
+        [*PAGEKIT, "boot", snapshot.directory, "--exec", "time.sleep(600)"], {"TMPDIR": str(place)}
+    )
+    with support.stopping(process):
+        support.until(lambda: children(process.pid), "a fork runs")
+        process.kill()
+        process.wait()
+        support.until(lambda: not children(process.pid), "it ended")
+    left = list(place.iterdir())
+    assert left
+    long_ago = time.time() - 60
+    for directory in left:
+        os.utime(directory, (long_ago, long_ago))
+    assert sorted(sweep(place)) == sorted(left)
+
+
+def test_demo(guest: Any, place: Path) -> None:
+    support.need_userfaultfd()
+    out, err = pagekit(place, "demo", "--quick", "--forks", 20, "--json")
+    report = json.loads(out)
+    assert report["accelerator"] in ("tcg", "kvm")
+    assert report["cold_boot_s"] > 0
+    assert report["forks"] == 20
+    assert report["template_unchanged"]
+    assert report["answers_checked"] >= 4 * 20
+    assert set(report["local"]) == {"eager", "map_private", "lazy", "warm"}
+    for name, arm in report["local"].items():
+        for what in ("ready_s", "resume_to_answer_s"):
+            assert 0 < arm[what]["min"] <= arm[what]["median"] <= arm[what]["max"]
+        assert arm["guest_private_kib_1"] > 0
+        assert arm["guest_private_kib_20"] > 0
+        assert (arm["demand_faults"] > 100) == (name == "lazy")
+        assert (arm["bytes_read"] > 32 << 20) == (name in ("lazy", "eager"))
+    assert report["host_kib_20"]["map_private"] > 0
+    shared, plain = (
+        report["local"][name]["guest_private_kib_20"] for name in ("warm", "map_private")
+    )
+    assert shared < 1.1 * plain
+    assert report["local"]["warm"]["fetches"] < 30
+    assert err
+
+
+def test_memory_limit(snapshot: Snapshot) -> None:
+    """A VMM that the kernel kills for want of memory is named so."""
+    support.need_root()
+    for version, _, parent in memory._places():
+        group = parent / f"pagekit-limit-{os.getpid()}"
+        limit = {1: "memory.limit_in_bytes", 2: "memory.max"}[version]
+        try:
+            group.mkdir()
+            (group / limit).write_text(str(64 << 20))
+            break
+        except OSError:
+            with suppress(OSError):
+                group.rmdir()
+    else:
+        pytest.skip("memory group: none can be made here")
+    try:
+        with Qemu.fork(snapshot) as fork:
+            fork.exec("pass")
+            (group / "cgroup.procs").write_text(str(fork.pid))
+            with pytest.raises(ForkDied, match="signal 9") as died:
+                fork.exec(
+                    "x = bytearray(200 << 20)\nfor page in range(0, len(x), 4096): x[page] = 1"
+                )
+            assert "out of memory" in (died.value.hint or "")
+    finally:
+        group.rmdir()
+
+
+def test_help_has_examples() -> None:
+    for verb in ("boot", "demo"):
+        said = subprocess.run(
+            [*PAGEKIT, verb, "--help"], capture_output=True, text=True, check=True
+        ).stdout
+        assert f"pagekit {verb} " in said
+        assert "Examples" in said
