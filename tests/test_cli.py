@@ -104,7 +104,7 @@ def test_interrupted(memory: Memory, number: signal.Signals) -> None:
 def test_killed(memory: Memory) -> None:
     """The command ends with the server, whatever happens to that."""
     need_userfaultfd()
-    code = 'map_file(path=sys.argv[1])\nsay("ready")\nsys.stdin.readline()'
+    code = "map_file(path=sys.argv[1])\nlive_on()"
     command = support.target_command(code, Path("{file}"), memory)
     process = serve(memory, "--backend", "share", "--run", "--", *command)
     with stopping(process):
@@ -133,7 +133,7 @@ def test_the_end_says_who_was_attached(memory: Memory) -> None:
     need_userfaultfd()
     stub = memory.stub()
     with Daemon(memory.spec, memory.path.with_name("socket"), "--backend", "share") as daemon:
-        code = 'map_file()\nsay("ready")\nsys.stdin.readline()'
+        code = "map_file()\nlive_on()"
         command = support.target_command(code, stub, memory)
         process = start(command, daemon.environment(stub))
         with stopping(process):

@@ -462,8 +462,7 @@ def test_a_server_that_dies_is_noticed_without_descriptors(memory: Memory) -> No
     code = """
 start = map_file()
 os.closerange(3, 100)
-say("ready")
-sys.stdin.readline()
+live_on()
 """
     stub = memory.stub()
     with Daemon(memory.spec, memory.path.with_name("socket"), "--backend", "share") as daemon:
@@ -676,7 +675,7 @@ def test_a_program_ends_with_its_owner(memory: Memory) -> None:
     with support.serving(memory) as served:
         owner = start(["cat"], {})
         environment = served.environment(memory.stub()) | {"PAGEKIT_OWNER": str(owner.pid)}
-        code = 'map_file()\nsay("ready")\nsys.stdin.readline()'
+        code = "map_file()\nlive_on()"
         process = start(support.target_command(code, memory.stub(), memory), environment)
         with stopping(process, owner):
             assert process.stdout.readline() == "ready\n"

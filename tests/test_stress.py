@@ -170,7 +170,7 @@ say("in vain")
 
 def test_a_server_that_closes_ends_its_targets(memory: Memory) -> None:
     need_userfaultfd()
-    code = 'map_file()\nsay("ready")\nsys.stdin.readline()'
+    code = "map_file()\nlive_on()"
     stub = memory.stub()
     with pagekit.Template(memory.spec) as template:
         server = pagekit.Server(template, memory.path.with_name("socket"), backend="share")

@@ -1,6 +1,7 @@
 # What every Python target begins with: it maps a file as any program would, through libc.
 import ctypes
 import os
+import signal
 import sys
 
 PAGE = 4096
@@ -67,6 +68,13 @@ def punch(first, pages):
     descriptor = os.open(STUB, os.O_RDWR)
     call(libc.fallocate, descriptor, PUNCH, first * PAGE, pages * PAGE)
     os.close(descriptor)
+
+
+def live_on():
+    """Says so, and lives until it is ended from outside."""
+    say("ready")
+    while True:
+        signal.pause()
 
 
 def wait_for(child):

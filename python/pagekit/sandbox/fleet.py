@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
 from ..errors import ForkDied, PagekitError
@@ -13,6 +13,8 @@ from .agent import Answer
 from .backing import Backing
 from .qemu import Qemu
 from .snapshot import Snapshot
+
+_LOOK_UP = 0.5
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,14 @@ class Fleet:
         # Not as a context manager: that would see all codes through after Ctrl-C.
         workers = ThreadPoolExecutor(self._at_once, thread_name_prefix="pagekit-fork")
         try:
-            return list(workers.map(one, codes, names or [None] * len(codes)))
+            called: Sequence[str | None] = names or [None] * len(codes)
+            futures = [
+                workers.submit(one, code, name) for code, name in zip(codes, called, strict=True)
+            ]
+            # A signal that comes just before Python begins to wait does not end its waiting.
+            while wait(futures, timeout=_LOOK_UP).not_done:
+                pass
+            return [future.result() for future in futures]
         except BaseException:
             workers.shutdown(wait=False, cancel_futures=True)
             self._end()  # wakes the workers that wait for an answer
