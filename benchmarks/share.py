@@ -1,6 +1,6 @@
 """What a page costs a fork, against a plain private mapping of the same bytes in the same run.
 
-A program maps a file of 64 MiB and touches one byte of each page, in random and in sequential order:
+A program maps a file of 64 MiB and touches one byte of each page, in random order and in sequence:
 
 plain     a private mapping of a file on tmpfs in 4 KiB folios: the floor
 first     a template that is empty when the program starts, backend share

@@ -161,21 +161,18 @@ def test_run_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_sweeping(tmp_path: Path) -> None:
-    names = ("stale", "locked", "young")
-    for name in names:
+    for name in ("run-stale", "run-locked", "run-unmarked", "data"):
         (tmp_path / f"pagekit-{name}" / "sub").mkdir(parents=True)
-    (tmp_path / "other").mkdir()
-    long_ago = time.time() - 3600
-    for name in ("stale", "locked"):
-        os.utime(tmp_path / f"pagekit-{name}", (long_ago, long_ago))
-    (tmp_path / "pagekit-link").symlink_to(tmp_path / "other")
-    lock = os.open(tmp_path / "pagekit-locked", os.O_RDONLY)
+    for name in ("run-stale", "run-locked", "data"):
+        (tmp_path / f"pagekit-{name}" / ".pagekit-run").touch()
+    (tmp_path / "pagekit-run-link").symlink_to(tmp_path / "pagekit-data")
+    lock = os.open(tmp_path / "pagekit-run-locked", os.O_RDONLY)
     fcntl.flock(lock, fcntl.LOCK_EX)
-    assert [path.name for path in sweep(tmp_path)] == ["pagekit-stale"]
+    assert [path.name for path in sweep(tmp_path)] == ["pagekit-run-stale"]
     os.close(lock)
-    assert [path.name for path in sweep(tmp_path)] == ["pagekit-locked"]
+    assert [path.name for path in sweep(tmp_path)] == ["pagekit-run-locked"]
     left = {path.name for path in tmp_path.iterdir()}
-    assert left == {"pagekit-young", "pagekit-link", "other"}
+    assert left == {"pagekit-run-unmarked", "pagekit-run-link", "pagekit-data"}
 
 
 # Processes

@@ -4,9 +4,10 @@ A frozen sandbox is a *template*; a :class:`Server` serves its memory to any num
 
     import pagekit
 
-    with pagekit.Template("file:memory") as template, pagekit.Server(template, "/run/pk.sock") as server:
-        ...
-        print(server.statistics())
+    with pagekit.Template("file:memory") as template:
+        with pagekit.Server(template, "/run/pk.sock") as server:
+            ...
+            print(server.statistics())
 
 Importing this package works on every system. What needs Linux raises
 :class:`pagekit.errors.Unsupported`, with a hint, when it is used.

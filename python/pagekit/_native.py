@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import sys
 from types import ModuleType
-from typing import TYPE_CHECKING
 
 from .errors import Unsupported
-
-if TYPE_CHECKING:
-    from . import _core
 
 
 def core() -> ModuleType:

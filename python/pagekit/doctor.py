@@ -80,7 +80,9 @@ def _userfaultfd() -> list[Check]:
         checks.append(Check("fork events", "yes", "this user may have them", children))
     else:
         remedy = "run the server as root, or: sudo setcap cap_sys_ptrace+ep on the server program"
-        checks.append(Check("fork events", "limited", "CAP_SYS_PTRACE is missing", children, remedy))
+        checks.append(
+            Check("fork events", "limited", "CAP_SYS_PTRACE is missing", children, remedy)
+        )
     failing = "a page that cannot be had (without: the program is killed)"
     if "POISON" in features:
         checks.append(Check("poison", "yes", "it raises SIGBUS where it is touched", failing))
@@ -165,7 +167,10 @@ def _cgroup_room() -> int | None:
     for line in Path("/proc/self/cgroup").read_text().splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers == "memory":
-            mount, files = Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes memory.usage_in_bytes"
+            mount, files = (
+                Path("/sys/fs/cgroup/memory"),
+                "memory.limit_in_bytes memory.usage_in_bytes",
+            )
         elif controllers == "":
             mount, files = Path("/sys/fs/cgroup"), "memory.max memory.current"
         else:

@@ -10,7 +10,7 @@
     ├─ SourceError(OSError)           the place the pages come from failed
     │  ├─ Missing                     there is nothing at that place
     │  └─ Unavailable                 it exists, but could not be read now
-    ├─ IntegrityError                 bytes are not what they must be; never retried on the same copy
+    ├─ IntegrityError                 bytes are not what they must be; never retried
     ├─ ServerError(OSError)           the server could not be started or reached
     │  └─ AddressInUse                another server answers on this socket
     └─ SandboxError                   a sandbox driver could not do its work

@@ -18,8 +18,8 @@ class Server:
 
     The engine runs in threads of this process, written in Rust: they never need the GIL, so nothing
     that Python does delays a fault. When the server closes, or this process ends in any way, the
-    programs that are attached end too, with a message on their stderr and status 69; their memory is
-    never zeros where content belongs.
+    programs that are attached end too, with a message on their stderr and status 69; their memory
+    is never zeros where content belongs.
 
     Args:
         template: what to serve. It must stay open as long as the server.
@@ -55,7 +55,7 @@ class Server:
         """How programs get the memory (``share``, ``copy`` or ``plain``), and why."""
 
     def environment(self, stub: str | os.PathLike[str], *, backend: str = "auto") -> dict[str, str]:
-        """The variables that make a program's private mapping of ``stub`` a mapping of the template.
+        """The variables that make a program's private mapping of ``stub`` one of the template.
 
         ``stub`` is a file of at least the mapped size, of this program alone: its content does not
         matter, and what the program punches out of it concerns nobody else. The program ends when

@@ -59,6 +59,8 @@ _LEFT_OUT = re.compile(
 _WORK = "guest-"
 """How names of temporary directories begin; one still there was left by a process that died."""
 
+_ROOM = "PAGEKIT_CACHE names another directory; 300 MB are needed while the guest is made"
+
 _INIT = """\
 #!/bin/busybox sh
 # PID 1 of the guest until it becomes the agent. The kernel has mounted nothing yet.
@@ -126,7 +128,7 @@ def ensure(cache: Path | None = None) -> Guest:
     except OSError as error:
         raise GuestMissing(
             f"cannot make the guest in {cache}: {error}",
-            hint="PAGEKIT_CACHE names another directory; 300 MB are needed while it is made",
+            hint=_ROOM,
         ) from error
     return guest
 
@@ -433,9 +435,10 @@ def _find(root: Path, *names: str) -> Path:
 
 
 def _not_found(detail: str) -> GuestMissing:
+    full = "No space left" in detail
     return GuestMissing(
         f"apt cannot provide the guest's packages: {detail}",
-        hint="as root, `apt-get update` fetches the lists of packages, or newer ones",
+        hint=_ROOM if full else "as root, `apt-get update` fetches the lists of packages anew",
     )
 
 

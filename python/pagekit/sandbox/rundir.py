@@ -13,15 +13,14 @@ import functools
 import os
 import shutil
 import tempfile
-import time
 import weakref
 from pathlib import Path
 
 from ..errors import SandboxError
 
-_PREFIX = "pagekit-"
-# Between its making and its locking a directory looks abandoned.
-_GRACE = 10.0
+_PREFIX = "pagekit-run-"
+_MARKER = ".pagekit-run"
+"""Made once the directory is locked: with it and without a lock, a directory is abandoned."""
 
 
 class RunDirectory:
@@ -38,6 +37,7 @@ class RunDirectory:
             self.path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=place))
             lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            (self.path / _MARKER).touch()
         except OSError as error:
             raise SandboxError(
                 f"cannot make a run directory: {error}",
@@ -66,8 +66,8 @@ def sweep(place: Path) -> list[Path]:
     removed = []
     for directory in place.glob(_PREFIX + "*"):
         with contextlib.suppress(OSError):  # another's, or just being removed
-            status = directory.lstat()
-            if status.st_uid != os.getuid() or time.time() - status.st_mtime < _GRACE:
+            marker = (directory / _MARKER).lstat()
+            if marker.st_uid != os.getuid():
                 continue
             lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
             try:
