@@ -38,21 +38,28 @@ rust_is_new_enough() {
     printf '%s\n%s\n' "$wanted" "${found%%-*}" | sort -C -V
 }
 
-missing_packages() {
+needed_packages() {
     find_python >/dev/null || echo python3 python3-venv
     have cc || echo gcc libc6-dev
     have qemu-system-x86_64 || echo qemu-system-x86
     [ -e /etc/ssl/certs/ca-certificates.crt ] || echo ca-certificates
     # Debian's own rustc is older than rust-version; the packages kept for browsers are not.
     rust_is_new_enough || echo rustc-web cargo-web
-    # The lints of that same Rust; of another one they come the way it came.
-    if [ "$purpose" = test ] && { ! rust_is_new_enough || [ "$(command -v cargo)" = /usr/bin/cargo ]; }; then
+}
+
+# Without these, lints and tests are skipped, and say so.
+wanted_packages() {
+    [ "$purpose" = test ] || return 0
+    have strace || echo strace
+    # The lints of the distribution's Rust; of another one they come the way it came.
+    if ! rust_is_new_enough || [ "$(command -v cargo)" = /usr/bin/cargo ]; then
         have cargo-clippy || echo rust-web-clippy
         have cargo-fmt || echo rustfmt-web
     fi
 }
 
-apt_knows() { apt-cache show --no-all-versions "$@" >/dev/null 2>&1; }
+# Asked for several, apt-cache succeeds if it knows one.
+apt_knows() { [ "$(apt-cache show --no-all-versions "$@" 2>/dev/null | grep -c '^Package: ')" = $# ]; }
 
 # Runs apt-get as root; what it says is shown only if it fails.
 apt_get() {
@@ -64,37 +71,49 @@ apt_get() {
     return "$status"
 }
 
+# Can this user become root? Finds out once, asking for a password if there is somebody to ask.
+may_be_root() {
+    [ "$(id -u)" = 0 ] && return
+    root=(sudo)
+    have sudo && { sudo -n true 2>/dev/null || { [ -t 0 ] && sudo true; }; }
+}
+
+# The guest is made of packages too, which are unpacked and never installed.
+guest_can_be_had() { [ -e "${PAGEKIT_CACHE:-.cache}/guest/stamp.json" ] || apt_knows linux-image-cloud-amd64; }
+
 install_packages() {
-    local packages lists=good root=() whole
-    mapfile -t packages < <(missing_packages | tr ' ' '\n')
-    # The guest is made of packages too, which are unpacked and never installed.
-    if [ "${#packages[@]}" = 0 ] && [ -e "${PAGEKIT_CACHE:-.cache}/guest/stamp.json" ]; then
+    local needed wanted missing lists=good root=()
+    mapfile -t needed < <(needed_packages | tr ' ' '\n')
+    mapfile -t wanted < <(wanted_packages | tr ' ' '\n')
+    missing=("${needed[@]}" "${wanted[@]}")
+    if [ "${#missing[@]}" = 0 ] && [ -e "${PAGEKIT_CACHE:-.cache}/guest/stamp.json" ]; then
         return
     fi
-    have apt-get || die "not found, and there is no apt-get to install it with: ${packages[*]:-the guest}" \
+    have apt-get || die "not found, and there is no apt-get to install it with: ${missing[*]:-the guest}" \
         "install what these packages of Debian have, or use Debian 12"
-    apt_knows linux-image-cloud-amd64 "${packages[@]}" || lists=stale
-    [ "$lists" = stale ] || [ "${#packages[@]}" != 0 ] || return 0
+    apt_knows "${missing[@]}" && guest_can_be_had || lists=stale
+    [ "$lists" = stale ] || [ "${#missing[@]}" != 0 ] || return 0
 
-    local install=(install -y --no-install-recommends --no-remove "${packages[@]}")
-    whole="apt-get update"
-    [ "${#packages[@]}" = 0 ] || whole+=" && apt-get ${install[*]}"
-    if [ "$(id -u)" != 0 ]; then
-        root=(sudo)
-        have sudo && { sudo -n true 2>/dev/null || { [ -t 0 ] && sudo true; }; } ||
-            die "packages are missing, and only root can install them" \
-                "ask an administrator to run: $whole"
+    local install=(apt-get install -y --no-install-recommends --no-remove "${missing[@]}")
+    if ! may_be_root; then
+        if [ "${#needed[@]}" = 0 ] && guest_can_be_had; then
+            say "going on without ${wanted[*]}, which only root can install"
+            return
+        fi
+        local ask="apt-get update"
+        [ "${#missing[@]}" = 0 ] || ask+=" && ${install[*]}"
+        die "packages are missing, and only root can get them" "ask an administrator to run: $ask"
     fi
 
     if [ "$lists" = stale ]; then
         say "fetching the lists of packages"
         apt_get update || die "apt-get update failed"
     fi
-    [ "${#packages[@]}" != 0 ] || return 0
-    say "installing ${packages[*]}"
-    if ! apt_get "${install[@]}"; then
+    [ "${#missing[@]}" != 0 ] || return 0
+    say "installing ${missing[*]}"
+    if ! apt_get "${install[@]:1}"; then
         say "trying again with new lists of packages"
-        apt_get update && apt_get "${install[@]}" || die "apt-get could not install ${packages[*]}" \
+        apt_get update && apt_get "${install[@]:1}" || die "apt-get could not install ${missing[*]}" \
             "if that is because of another rustc: remove it, or install Rust with rustup"
     fi
     rust_is_new_enough || die "$(rustc --version), first in PATH, is too old" \
@@ -106,7 +125,7 @@ install_packages() {
 # What the installed package was made from.
 fingerprint() {
     find pyproject.toml Cargo.toml Cargo.lock crates python scripts/setup.sh -type f \
-        ! -name '*.so' ! -name '*.pyc' ! -name pagekitd ! -path '*.egg-info/*' -print0 |
+        ! -name '*.so' ! -name '*.pyc' ! -name pagekitd ! -path '*.egg-info/*' ! -path 'crates/*/tests/*' -print0 |
         LC_ALL=C sort -z | xargs -0 sha256sum | sha256sum
 }
 

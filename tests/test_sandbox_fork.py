@@ -8,6 +8,7 @@ import dataclasses
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -366,6 +367,21 @@ def test_saving_where_something_is(snapshot: Snapshot, tmp_path: Path) -> None:
         assert fork.exec(SUM).result == RIGHT
     assert (tmp_path / "file").read_text() == "precious"
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("size", ["64k", "8m"])  # enough for neither, for the state
+def test_saving_without_space(size: str, snapshot: Snapshot, tmp_path: Path) -> None:
+    support.need_root()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "none", tmp_path], check=True)
+    try:
+        with Qemu.fork(snapshot, Eager()) as fork:
+            with pytest.raises(SnapshotError, match="cannot save") as full:
+                fork.freeze(tmp_path / "full")
+            assert full.value.hint
+            assert not list(tmp_path.iterdir())
+            assert fork.exec(SUM).result == RIGHT
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
 
 
 def test_choosing_a_backing(snapshot: Snapshot, run: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import hashlib
 import mmap
@@ -221,21 +222,22 @@ def test_filling_in_arguments() -> None:
 # Memory
 
 
-def test_private_memory_of_a_range() -> None:
+def test_private_memory_of_a_range(tmp_path: Path) -> None:
     size = 64 * PAGE
-    with mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as mapped:
-        import ctypes
-
+    path = file_with(tmp_path, "file", {}, 64)  # the kernel joins anonymous neighbours
+    with (
+        path.open("r+b") as file,
+        mmap.mmap(file.fileno(), size, mmap.MAP_PRIVATE) as mapped,
+    ):
         pinned = ctypes.c_char.from_buffer(mapped)
         base = ctypes.addressof(pinned)
         del pinned
-        before = memory.process_memory(os.getpid(), base, size)
-        assert before.guest_kib == 0
+        assert memory.process_memory(os.getpid(), base, size).guest_kib == 0
         for page in range(0, size, 2 * PAGE):
             mapped[page] = 1
-        after = memory.process_memory(os.getpid(), base, size)
-        assert after.guest_kib == size // 2048
-        assert after.vmm_kib > 1000
+        counted = memory.process_memory(os.getpid(), base, size)
+        assert counted.guest_kib == size // 2048
+        assert counted.vmm_kib > 1000
 
 
 def test_cached_pages_of_a_file(tmp_path: Path) -> None:

@@ -7,9 +7,9 @@ import uuid
 from pathlib import Path
 
 import click
-from rich.console import Console
 
 from ..errors import CodeError, PagekitError
+from ..report import console
 from ..report.forks import as_json, as_table
 from ..report.progress import Progress
 from ..sandbox import Fleet, Qemu, RunDirectory, Snapshot, choose, freeze_running, guest
@@ -147,7 +147,7 @@ def _fork(
     if json_:
         click.echo(json.dumps(as_json(snapshot, backing.name, reason, names, outcomes)))
     else:
-        Console().print(as_table(snapshot, backing.name, names, outcomes))
+        console().print(as_table(snapshot, backing.name, names, outcomes))
     errors: list[PagekitError] = [outcome.error for outcome in outcomes if outcome.error]
     for error in errors[:1]:
         if isinstance(error, CodeError):

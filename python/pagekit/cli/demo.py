@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 
 import click
-from rich.console import Console
 
+from ..report import console
 from ..report.comparison import as_json, as_table
 from ..report.progress import Progress
 from ..sandbox import guest
@@ -68,4 +68,4 @@ def command(
     if json_:
         click.echo(json.dumps(as_json(result)))
     else:
-        Console().print(as_table(result))
+        console().print(as_table(result))

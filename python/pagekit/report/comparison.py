@@ -18,10 +18,15 @@ _NOISE = 0.05
 _TITLES = {
     "cold": "cold boot",
     "eager": "eager",
-    "map_private": "plain MAP_PRIVATE",
-    "lazy": "pagekit, lazy",
-    "warm": "pagekit, warm",
+    "map_private": "plain",
+    "lazy": "lazy",
+    "warm": "warm",
 }
+
+_LEGEND = (
+    "eager: all memory read before the start. plain: the kernel maps the local file (MAP_PRIVATE). "
+    "lazy: served by pagekit from an empty template. warm: from one that a fork has used."
+)
 
 
 def as_json(result: Comparison) -> dict[str, Any]:
@@ -76,54 +81,38 @@ def as_table(result: Comparison) -> RenderableType:
     table = Table(
         title=f"One guest, started in five ways (accelerator: {result.accelerator.name})",
         title_justify="left",
-        caption=(
-            f"medians (min to max); {_counts(result)}; the request touches "
-            f"{TOUCHED_BYTES >> 20} MiB of the guest's memory"
-        ),
+        caption=f"Medians of {_counts(result)}. {_LEGEND}",
         caption_justify="left",
     )
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     for title in _TITLES.values():
         table.add_column(title, justify="right")
 
     arms = [result.arms[name] for name in ARMS]
     every = [result.cold, *(arm.samples for arm in arms)]
-    table.add_row("ready, ms", *(_times(samples, lambda s: s.ready_s) for samples in every))
-    table.add_row(
-        "resume to answer, ms",
-        "",
-        *(_times(arm.samples, lambda s: s.resume_to_answer_s) for arm in arms),
-    )
+
+    def medians(of: Sequence[Sequence[Sample]], value: Callable[[Sample], float]) -> list[str]:
+        return [_short(median(map(value, samples))) for samples in of]
+
     served = [result.arms[name].samples for name in ("lazy", "warm")]
-    for title, value in (
-        ("demand faults", lambda s: s.demand_faults),
-        ("fetches", lambda s: s.fetches),
-    ):
-        counts: Sequence[str] = [f"{median(map(value, samples)):.0f}" for samples in served]
-        table.add_row(title, "", "-", "-", *counts)
+    read = [result.arms[name].samples for name in ("eager", "lazy", "warm")]
+    eager, lazy, warm = medians(read, lambda sample: sample.bytes_read / (1 << 20))
+    table.add_row("ready, ms", *medians(every, lambda s: s.ready_s * 1000))
+    table.add_row("  from … to", *(_range(samples, lambda s: s.ready_s) for samples in every))
+    forked = every[1:]
+    table.add_row("resume to answer, ms", "", *medians(forked, _resume_to_answer_ms))
+    table.add_row("  from … to", "", *(_range(x, lambda s: s.resume_to_answer_s) for x in forked))
+    table.add_row("demand faults", "", "", "", *medians(served, lambda s: s.demand_faults))
+    table.add_row("fetches", "", "", "", *medians(served, lambda s: s.fetches))
+    table.add_row("read, MiB", "", eager, "", lazy, warm, end_section=True)
+    table.add_row("guest's private MiB, 1 fork", *medians(every, lambda s: s.guest_kib / 1024))
     table.add_row(
-        "bytes read, MiB",
-        "",
-        *(
-            "-" if name == "map_private" else _mib(median(s.bytes_read for s in arm.samples) / 1024)
-            for name, arm in result.arms.items()
-        ),
-        end_section=True,
+        f"the same per fork, {many} forks", "", *(_mib(arm.guest_kib_many) for arm in arms)
     )
-    table.add_row(
-        "guest RAM private to a fork, MiB: 1 fork",
-        *(_mib(median(s.guest_kib for s in samples)) for samples in every),
-    )
-    table.add_row(f"  {many} forks", "", *(_mib(arm.guest_kib_many) for arm in arms))
-    table.add_row(
-        "VMM's own private memory, MiB: 1 fork",
-        *(_mib(median(s.vmm_kib for s in samples)) for samples in every),
-    )
+    table.add_row("VMM's private MiB", *medians(every, lambda s: s.vmm_kib / 1024))
     table.add_row(f"whole host, {many} forks, MiB", "", *(_mib(arm.host_kib_many) for arm in arms))
-    lines = [
-        Text(line, style="bold" if number == 0 else "") for number, line in enumerate(said(result))
-    ]
-    return Group(table, *lines)
+    headline, *rest = said(result)
+    return Group(table, Text(headline, style="bold"), *map(Text, rest))
 
 
 def said(result: Comparison) -> list[str]:
@@ -141,8 +130,9 @@ def said(result: Comparison) -> list[str]:
     ]
     if result.accelerator.name == "tcg":
         lines.append(
-            "Instructions are emulated: most of every fork's time is QEMU translating the guest's "
-            f"code. ({result.accelerator.reason})"
+            f"Instructions are emulated ({result.accelerator.reason}). Most of a fork's time goes "
+            "into translating code of the guest's that its QEMU has not run yet: "
+            f"{_translated(result):.0f} blocks until the first answer."
         )
     lines += [
         f"{_TITLES[name]} was not counted with {result.forks} forks: {arm.skipped}."
@@ -172,20 +162,20 @@ def _where_plain_wins(result: Comparison) -> list[str]:
             if abs(ratio - 1) < _NOISE:
                 ties.append(what)
             elif ratio > 1:
-                wins.append(f"{what} ({ratio:.2f} times as much served)")
+                wins.append(f"{what} (1 : {ratio:.2f})")
             else:
-                loses.append(f"{what} ({ratio:.2f} times as much served)")
-        title = f"plain MAP_PRIVATE of a local file against {_TITLES[name]}"
+                loses.append(f"{what} (1 : {ratio:.2f})")
         parts = [
-            f"{verdict}: {', '.join(which)}"
+            f"{verdict} {', '.join(which)}"
             for verdict, which in (
-                ("it wins in", wins),
-                ("no difference in", ties),
-                ("it loses in", loses),
+                ("wins in", wins),
+                ("is no different in", ties),
+                ("loses in", loses),
             )
             if which
         ]
-        lines.append(f"{title[0].upper()}{title[1:]}: {'; '.join(parts)}.")
+        against = f"Against {_TITLES[name]}, plain MAP_PRIVATE of the local file"
+        lines.append(f"{against} {'; '.join(parts)}.")
     return lines
 
 
@@ -198,6 +188,7 @@ def _arm_as_json(arm: Arm, forks: int) -> dict[str, Any]:
         "bytes_read": median(sample.bytes_read for sample in arm.samples),
         "guest_private_kib_1": median(sample.guest_kib for sample in arm.samples),
         f"guest_private_kib_{forks}": arm.guest_kib_many,
+        "translated_blocks": median(sample.translated_blocks for sample in arm.samples),
         "vmm_private_kib_1": median(sample.vmm_kib for sample in arm.samples),
         f"vmm_private_kib_{forks}": arm.vmm_kib_many,
         f"host_kib_{forks}": arm.host_kib_many,
@@ -215,16 +206,32 @@ def _median(arm: Arm, name: str) -> float:
     return float(median(getattr(sample, name) for sample in arm.samples))
 
 
-def _times(samples: Sequence[Sample], value: Callable[[Sample], float]) -> str:
-    spread = _spread(samples, value)
-    low, high = (f"{spread[name] * 1000:.0f}" for name in ("min", "max"))
-    return f"{spread['median'] * 1000:.0f} ({low} to {high})"
+def _resume_to_answer_ms(sample: Sample) -> float:
+    return sample.resume_to_answer_s * 1000
+
+
+def _range(samples: Sequence[Sample], seconds: Callable[[Sample], float]) -> str:
+    values = [seconds(sample) * 1000 for sample in samples]
+    return f"{min(values):.0f} … {max(values):.0f}"
+
+
+def _translated(result: Comparison) -> float:
+    return median(
+        sample.translated_blocks for arm in result.arms.values() for sample in arm.samples
+    )
 
 
 def _counts(result: Comparison) -> str:
     each = min(len(arm.samples) for arm in result.arms.values())
-    return f"{len(result.cold)} cold boots and {each} forks of each kind, in random order"
+    return (
+        f"{len(result.cold)} cold boots and {each} forks of each kind, in random order; each "
+        f"answers a request that touches {TOUCHED_BYTES >> 20} MiB of the guest's memory"
+    )
 
 
 def _mib(kib: float | None) -> str:
-    return "-" if kib is None else f"{kib / 1024:.1f}"
+    return "-" if kib is None else _short(kib / 1024)
+
+
+def _short(value: float) -> str:
+    return f"{value:.1f}" if 0 < value < 10 else f"{value:.0f}"

@@ -56,6 +56,8 @@ class Sample:
             server included where they are started for this sample.
         guest_kib, vmm_kib: private memory afterwards: of the guest's RAM, and the VMM's own.
         demand_faults, fetches, bytes_read: what the server counted for it.
+        translated_blocks: basic blocks of the guest's code that QEMU had to translate; 0 where
+            the processor runs them.
     """
 
     ready_s: float
@@ -65,6 +67,7 @@ class Sample:
     demand_faults: int = 0
     fetches: int = 0
     bytes_read: int = 0
+    translated_blocks: int = 0
 
 
 @dataclass
@@ -313,6 +316,7 @@ def _sampled(guest: Qemu, started: float, **counted: int) -> Sample:
         resume_to_answer_s=marks.answered - marks.resumed,
         guest_kib=used.guest_kib,
         vmm_kib=used.vmm_kib,
+        translated_blocks=guest.translated_blocks(),
         **counted,
     )
 

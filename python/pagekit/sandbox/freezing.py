@@ -97,4 +97,7 @@ def _save_state(qmp: Qmp, state: Path) -> None:
     )
     if ended["status"] != "completed":
         why = qmp.execute("query-migrate").get("error-desc", ended["status"])
-        raise SnapshotError(f"cannot save the guest's state: {why}")
+        raise SnapshotError(
+            f"cannot save the guest's state in {state.parent}: {why}",
+            hint="it needs as much space there as the guest uses memory",
+        )

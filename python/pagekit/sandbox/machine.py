@@ -15,12 +15,14 @@ from .guest_agent import PORT_NAME
 AGENT_PORT = PORT_NAME
 """Name of the virtio-serial port on which the agent in the guest listens."""
 
+_WITHOUT = "sata=off,smbus=off,usb=off,vmport=off,hpet=off,smm=off"
+
 
 def arguments(*, accelerator: str, memory_bytes: int, balloon: bool) -> list[str]:
     """Return the machine's arguments, with placeholders for what differs between its starts."""
     return [
         *("-accel", accelerator),
-        *("-machine", "q35,memory-backend=ram,sata=off,smbus=off,usb=off,vmport=off,hpet=off"),
+        *("-machine", f"q35,memory-backend=ram,{_WITHOUT}"),
         *("-cpu", "host" if accelerator == "kvm" else "max"),
         *("-m", f"{memory_bytes >> 20}M"),
         *("-object", memory_object("ram", memory_bytes)),

@@ -38,17 +38,21 @@ class ProcessMemory:
 def process_memory(pid: int, base: int, size: int) -> ProcessMemory:
     """Count the private pages of a process inside and outside of one range of addresses.
 
+    A mapping that reaches beyond the range, because the kernel has joined it to its neighbour, is
+    counted where the greater part of it lies.
+
     Raises:
         OSError: the process is gone, or not ours to look at.
     """
     inside = outside = 0
-    start = 0
+    within = False
     for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
-        if header := re.match(r"([0-9a-f]+)-[0-9a-f]+ ", line):
-            start = int(header[1], 16)
+        if header := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            start, end = int(header[1], 16), int(header[2], 16)
+            within = 2 * (min(end, base + size) - max(start, base)) >= end - start
         elif line.startswith("Anonymous:"):
             kib = int(line.split()[1])
-            if base <= start < base + size:
+            if within:
                 inside += kib
             else:
                 outside += kib

@@ -325,6 +325,21 @@ class Qemu:
             return ProcessMemory(found.st_blocks // 2, memory.vmm_kib)
         return memory
 
+    def translated_blocks(self) -> int:
+        """Return how many basic blocks of the guest's code QEMU has translated; 0 with KVM.
+
+        Raises:
+            ForkDied: QEMU ended.
+        """
+        try:
+            said = self.monitor("human-monitor-command", command_line="info jit")
+        except SandboxError as error:
+            if isinstance(error, ForkDied):
+                raise
+            return 0
+        found = re.search(r"TB count +(\d+)", said)
+        return int(found[1]) if found else 0
+
     def monitor(self, command: str, **arguments: Any) -> Any:
         """Run a QMP command and return what it returned, for what has no method here.
 

@@ -302,6 +302,10 @@ impl Template {
 
     /// Makes one page present on this thread, or says which zero run it lies in.
     fn bring(self: &Arc<Self>, page: u64) -> Result<Option<Run>, Arc<Error>> {
+        self.check()?;
+        if self.present.contains(page) {
+            return Ok(None);
+        }
         loop {
             match self.bring_once(page) {
                 Err(error) if error.given_up() => {}
@@ -311,7 +315,6 @@ impl Template {
     }
 
     fn bring_once(self: &Arc<Self>, page: u64) -> Result<Option<Run>, Arc<Error>> {
-        self.check()?;
         let (sender, receiver) = std::sync::mpsc::sync_channel(1);
         let waiter: Waiter = Box::new(move |outcome| {
             // The receiver lives until it got this one message.
@@ -527,17 +530,26 @@ impl Drop for Fetch {
     }
 }
 
+/// A page of a buffer. The alignment matters: on some processors (AMD with FSRM) the kernel's copy
+/// into a buffer that begins 16 bytes behind a page's start takes four times as long.
+#[derive(Clone, Copy)]
+#[repr(C, align(4096))]
+struct AlignedPage([u8; PAGE as usize]);
+
 /// Runs `work` with this thread's buffer, grown to at least `bytes`. Fetches are often and alike, so
 /// the buffer is kept.
 fn with_buffer<T>(bytes: usize, work: impl FnOnce(&mut [u8]) -> T) -> T {
     thread_local! {
-        static BUFFER: std::cell::RefCell<Vec<u8>> = const { std::cell::RefCell::new(Vec::new()) };
+        static BUFFER: std::cell::RefCell<Vec<AlignedPage>> =
+            const { std::cell::RefCell::new(Vec::new()) };
     }
     BUFFER.with_borrow_mut(|buffer| {
-        if buffer.len() < bytes {
-            buffer.resize(bytes, 0);
+        let pages = bytes.div_ceil(PAGE as usize);
+        if buffer.len() < pages {
+            buffer.resize(pages, AlignedPage([0; PAGE as usize]));
         }
-        work(&mut buffer[..bytes])
+        // SAFETY: the pages lie side by side, are initialised, and are plain bytes; `bytes` fits.
+        work(unsafe { std::slice::from_raw_parts_mut(buffer.as_mut_ptr().cast(), bytes) })
     })
 }
 
