@@ -35,9 +35,16 @@ def running(run: Path, *arguments: str) -> Iterator[Path]:
     ]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     with support.stopping(process):
-        support.until(lambda: monitor.exists() or process.poll() is not None, "QEMU listens")
+        support.until(lambda: listens(monitor) or process.poll() is not None, "QEMU listens")
         assert process.poll() is None, process.stderr and process.stderr.read()
         yield monitor
+
+
+def listens(path: Path) -> bool:
+    """Whether somebody listens at a socket: its file is there a moment before that."""
+    accepting = "00010000"
+    lines = Path("/proc/net/unix").read_text().splitlines()
+    return any(line.endswith(f" {path}") and line.split()[3] == accepting for line in lines)
 
 
 def connected(path: Path) -> socket.socket:
