@@ -131,8 +131,23 @@ def _kvm() -> Check:
     if not os.access("/dev/kvm", os.R_OK | os.W_OK):
         remedy = "sudo usermod -aG kvm $USER, then log in again"
         return Check("kvm", "limited", "/dev/kvm may not be opened", purpose, remedy)
-    found = "/dev/kvm can be opened; `pagekit demo` tries whether it boots Linux"
-    return Check("kvm", "yes", found, purpose)
+    refused = _why_not_kvm()
+    if refused is None:
+        found = "/dev/kvm can be opened; nobody has tried yet whether it boots Linux"
+        return Check("kvm", "limited", found, purpose, "pagekit demo")
+    if refused:
+        return Check("kvm", "limited", f"it does not boot Linux here: {refused}", purpose)
+    return Check("kvm", "yes", "it boots Linux here", purpose)
+
+
+def _why_not_kvm() -> str | None:
+    from .sandbox import guest, program
+
+    try:
+        kernel = guest.default_cache() / "guest" / "vmlinuz"
+        return program.why_not_kvm(program.find_qemu(), kernel)
+    except (OSError, PagekitError):
+        return None
 
 
 def _guest() -> Check:

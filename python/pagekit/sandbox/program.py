@@ -85,7 +85,7 @@ def pick_accelerator(
         return Accelerator("tcg", "as asked for")
     if wanted not in ("auto", "kvm"):
         raise UsageError(f"no accelerator is called {wanted}", hint="auto, kvm or tcg")
-    memory = (cache or default_cache()) / "accelerator.json"
+    memory = _memory(cache)
     question = _question(program, kernel)
     refused = _remembered(memory, question)
     if refused is None:
@@ -98,6 +98,15 @@ def pick_accelerator(
             f"kvm does not work here: {refused}", hint="`--accelerator tcg` emulates instead"
         )
     return Accelerator("tcg", f"kvm does not work here: {refused}")
+
+
+def why_not_kvm(program: Program, kernel: Path, *, cache: Path | None = None) -> str | None:
+    """Return why KVM does not work here, "" if it does, None if nobody has tried yet."""
+    return _remembered(_memory(cache), _question(program, kernel))
+
+
+def _memory(cache: Path | None) -> Path:
+    return (cache or default_cache()) / "accelerator.json"
 
 
 def _try_kvm(program: Program, kernel: Path) -> str:
