@@ -25,6 +25,7 @@ def as_json(
                 "output": outcome.answer.output if outcome.answer else None,
                 "result": outcome.answer.result if outcome.answer else None,
                 "error": str(outcome.error) if outcome.error else None,
+                "traceback": getattr(outcome.error, "traceback", None),
                 "ready_s": outcome.fork.marks.ready_s if outcome.fork else None,
                 "resume_to_answer_s": (
                     outcome.fork.marks.resume_to_answer_s if outcome.fork else None
