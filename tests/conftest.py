@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,10 @@ import support
 from pagekit.errors import QemuMissing
 from pagekit.sandbox import Qemu, RunDirectory, Snapshot, find_qemu
 from pagekit.sandbox.guest import Guest, ensure
+
+# A shell that runs the tests in the background lets them ignore SIGINT, and what they start
+# inherits that: programs would take no notice of an interruption that is meant for them.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
