@@ -129,16 +129,17 @@ impl Server {
         mode: u32,
     ) -> PyResult<Server> {
         let template = template.get()?;
-        let socket = server::Address { path: socket, owner, mode };
+        let socket = server::Address { path: socket, owner, mode, allow: vec![] };
+        let ways = server::Ways { shim: Some(socket), backend: backend.to_owned() };
         let server = py
-            .detach(|| server::Server::start(template, delivery(), socket, backend))
+            .detach(|| server::Server::start(template, delivery(), ways))
             .map_err(|error| raised(py, &error))?;
         Ok(Server(std::sync::Mutex::new(Some(Arc::new(server)))))
     }
 
     fn backend(&self) -> PyResult<(&'static str, String)> {
         let server = self.get()?;
-        let (backend, reason) = server.backend();
+        let (backend, reason) = server.backend().unwrap_or_default();
         Ok((backend, reason.to_owned()))
     }
 

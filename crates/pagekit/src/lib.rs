@@ -5,8 +5,9 @@
 //! | [`page`], [`error`], [`thread`] | pages, runs, errors, threads | nothing of ours |
 //! | [`source`], [`layer`] | where bytes come from; what wraps them | page, error |
 //! | [`stack`] | spec strings into stacks; names every source and layer | source, layer |
+//! | [`working_set`] | pages demanded before "ready": recording, union, file | page, error |
 //! | [`delivery`] | what userfaultfd can do for this process | `uffd` |
-//! | [`template`] | a stack, its shared page cache, fetches in flight | stack, delivery |
+//! | [`template`] | a stack, its shared page cache, fetches in flight, replay | stack, delivery, working_set |
 //! | [`backend`] | how bytes get into a target | template |
 //! | [`engine`] | the event loop, targets, regions, outcomes | backend, template |
 //! | [`wire`] | messages between client and server, bytes ↔ values | page |
@@ -22,9 +23,11 @@ pub mod engine;
 pub mod error;
 pub mod layer;
 pub mod page;
+mod page_set;
 pub mod server;
 pub mod source;
 pub mod stack;
 pub mod template;
 pub mod thread;
 pub mod wire;
+pub mod working_set;

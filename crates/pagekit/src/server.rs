@@ -1,34 +1,48 @@
-//! A server: one template, one engine, one socket. What `pagekitd` and the Python face both are.
+//! A server: one template, one engine, and the ways in. What `pagekitd` and the Python face both are.
 
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-pub use crate::client::shim::Address;
+pub use crate::client::door::Address;
 use crate::client::shim::{plan, Listener, Plan};
 use crate::delivery::Delivery;
 use crate::engine::{self, Engine};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::template::{self, Template};
+
+/// The ways in: how clients get at the template. One at least.
+#[derive(Debug, Clone, Default)]
+pub struct Ways {
+    /// Where programs attach that preload the shim.
+    pub shim: Option<Address>,
+    /// How they get the memory: `auto`, `share`, `copy` or `plain`; empty is `auto`.
+    pub backend: String,
+}
+
+impl Ways {
+    /// The shim's socket alone.
+    pub fn shim(address: impl Into<Address>, backend: &str) -> Ways {
+        Ways { shim: Some(address.into()), backend: backend.to_owned() }
+    }
+}
 
 /// A server that runs. Dropping it stops it.
 #[derive(Debug)]
 pub struct Server {
     // Dropped in this order: the clients learn that it is over before nobody serves them.
-    listener: Listener,
+    shim: Option<(Listener, Plan, String)>,
     engine: Arc<Engine>,
     template: Arc<Template>,
-    plan: Plan,
-    reason: String,
 }
 
 /// What a server counts.
 #[derive(Debug, serde::Serialize)]
 pub struct Statistics {
-    /// How clients get the memory: `plain`, `share` or `copy`.
-    pub backend: &'static str,
+    /// How programs with the shim get the memory: `plain`, `share` or `copy`.
+    pub backend: Option<&'static str>,
     /// Why so.
-    pub reason: String,
+    pub reason: Option<String>,
     /// Fetches of the template.
     pub fetches: u64,
     /// Bytes that they brought.
@@ -41,32 +55,35 @@ pub struct Statistics {
 }
 
 impl Server {
-    /// Serves `template` at `socket` (a path, or an [`Address`]); `backend` is `auto`, `share`, `copy` or `plain`.
+    /// Serves `template` in these ways.
     ///
     /// # Errors
-    /// `Usage` (unknown backend), `Permission` (no userfaultfd for a served one), `AddressInUse`,
-    /// `Kernel`, and what loading the template brings where that is needed.
-    pub fn start(
-        template: Arc<Template>,
-        delivery: Arc<Delivery>,
-        socket: impl Into<Address>,
-        backend: &str,
-    ) -> Result<Server> {
-        let (plan, reason) = plan(&template, &delivery, backend)?;
+    /// `Usage` (no way in, unknown backend), `Permission` (no userfaultfd for a served one),
+    /// `AddressInUse`, `Kernel`, and what loading the template brings where that is needed.
+    pub fn start(template: Arc<Template>, delivery: Arc<Delivery>, ways: Ways) -> Result<Server> {
+        if ways.shim.is_none() {
+            return Err(Error::usage("there is no way in", "give a socket"));
+        }
         let engine = Arc::new(Engine::start()?);
-        let listener =
-            Listener::start(socket, Arc::clone(&engine), Arc::clone(&template), delivery, plan)?;
-        Ok(Server { listener, engine, template, plan, reason })
+        let mut server =
+            Server { shim: None, engine: Arc::clone(&engine), template: Arc::clone(&template) };
+        if let Some(address) = ways.shim {
+            let backend = if ways.backend.is_empty() { "auto" } else { &ways.backend };
+            let (plan, reason) = plan(&template, &delivery, backend)?;
+            let listener = Listener::start(address, engine, template, delivery, plan)?;
+            server.shim = Some((listener, plan, reason));
+        }
+        Ok(server)
     }
 
-    /// How clients get the memory, and why.
-    pub fn backend(&self) -> (&'static str, &str) {
-        (self.plan.backend(), &self.reason)
+    /// How programs with the shim get the memory, and why.
+    pub fn backend(&self) -> Option<(&'static str, &str)> {
+        self.shim.as_ref().map(|(_, plan, reason)| (plan.backend(), &**reason))
     }
 
-    /// Where it listens.
-    pub fn socket(&self) -> &Path {
-        self.listener.path()
+    /// Where programs with the shim attach.
+    pub fn socket(&self) -> Option<&Path> {
+        self.shim.as_ref().map(|(listener, ..)| listener.path())
     }
 
     /// The template.
@@ -83,8 +100,8 @@ impl Server {
     pub fn statistics(&self) -> Statistics {
         let template = self.template.statistics();
         Statistics {
-            backend: self.plan.backend(),
-            reason: self.reason.clone(),
+            backend: self.backend().map(|(backend, _)| backend),
+            reason: self.backend().map(|(_, reason)| reason.to_owned()),
             fetches: template.fetches,
             bytes_read: template.bytes_read,
             engine: self.engine.statistics(),
@@ -95,7 +112,9 @@ impl Server {
     /// Tells the clients that it is over, and ends the threads. Targets that still run end
     /// themselves with a message.
     pub fn stop(&self) {
-        self.listener.stop();
+        if let Some((listener, ..)) = &self.shim {
+            listener.stop();
+        }
         self.engine.stop();
     }
 }

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use common::*;
 use pagekit::error::Error;
 use pagekit::page::PAGE;
-use pagekit::server::Server;
+use pagekit::server::{Server, Ways};
 use pagekit::wire::{Mapping as Way, Message, Wish, LARGEST};
 use rustix::net::{connect, socket_with, AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use uffd::{passing, Access, Features, Opening, RegisterMode, Userfaultfd};
@@ -24,7 +24,8 @@ fn service(pages: u64, backend: &str) -> Service {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("socket");
     let template = template(pages, &["pass"]);
-    let server = Server::start(template, Arc::new(delivery()), path.as_path(), backend).unwrap();
+    let server =
+        Server::start(template, Arc::new(delivery()), Ways::shim(path.as_path(), backend)).unwrap();
     Service { server, path, _directory: directory }
 }
 
@@ -125,7 +126,7 @@ fn clients_are_served() {
         let service = service(64, backend);
         is_served(&service);
         is_served(&service);
-        assert_eq!(service.server.statistics().backend, backend);
+        assert_eq!(service.server.statistics().backend, Some(backend));
     }
 }
 
@@ -216,7 +217,7 @@ fn a_second_server_on_the_socket_is_refused_and_a_dead_ones_socket_replaced() {
     let service = service(16, "copy");
     let again = || {
         let path = service.path.as_path();
-        Server::start(template(16, &["pass"]), Arc::new(delivery()), path, "copy")
+        Server::start(template(16, &["pass"]), Arc::new(delivery()), Ways::shim(path, "copy"))
     };
     let error = again().unwrap_err();
     assert!(matches!(error, Error::AddressInUse { .. }), "{error}");

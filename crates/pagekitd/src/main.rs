@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use pagekit::delivery::Delivery;
 use pagekit::error::{Error, Result};
-use pagekit::server::{Address, Server};
+use pagekit::server::{Address, Server, Ways};
 use pagekit::template::Template;
 
 use options::{Asked, Options};
@@ -46,10 +46,18 @@ fn serve(options: &Options) -> Result<ExitCode> {
     let signals = signals::Signals::block();
     let delivery = Arc::new(Delivery::probe());
     let template = Template::open(&options.spec, &options.layers, &delivery, options.deadline)?;
-    let address =
-        Address { path: options.socket.clone(), owner: options.owner, mode: options.mode };
-    let server = Server::start(template, delivery, address, &options.backend)?;
-    let (backend, reason) = server.backend();
+    let address = Address {
+        path: options.socket.clone(),
+        owner: options.owner,
+        mode: options.mode,
+        allow: vec![],
+    };
+    let server = Server::start(
+        template,
+        delivery,
+        Ways { shim: Some(address), backend: options.backend.clone() },
+    )?;
+    let (backend, reason) = server.backend().unwrap_or_default();
     eprintln!("pagekit: serving {} at {}", options.spec, options.socket.display());
     eprintln!("pagekit: backend {backend}: {reason}");
     if options.json {

@@ -16,22 +16,17 @@
 use std::collections::HashMap;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::{FileTypeExt, PermissionsExt};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use rustix::event::{eventfd, poll, EventfdFlags, PollFd, PollFlags, Timespec};
-use rustix::io::Errno;
-use rustix::net::{
-    accept_with, bind, connect, listen, socket_with, AddressFamily, SocketAddrUnix, SocketFlags,
-    SocketType,
-};
-use rustix::process::{pidfd_open, PidfdFlags};
+use rustix::net::SocketType;
 use uffd::{passing, Features, Userfaultfd};
 
+use super::door::{open_pidfd, Address, Door, Peer, Visit};
 use crate::backend::{copy::Copy, share::Share, Backend};
 use crate::delivery::Delivery;
 use crate::engine::region::RegionMap;
@@ -109,24 +104,6 @@ pub fn plan(template: &Template, delivery: &Delivery, backend: &str) -> Result<(
     }
 }
 
-/// Where clients connect, and who may.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Address {
-    /// The socket's path.
-    pub path: PathBuf,
-    /// User and group that the socket is given to; clients often run as another user.
-    pub owner: Option<(u32, Option<u32>)>,
-    /// Mode of the socket; connecting needs the right to write.
-    pub mode: u32,
-}
-
-impl<P: AsRef<Path> + ?Sized> From<&P> for Address {
-    /// At `path`, for this user alone.
-    fn from(path: &P) -> Address {
-        Address { path: path.as_ref().to_owned(), owner: None, mode: 0o600 }
-    }
-}
-
 /// A socket at which shims attach. Dropping it closes all connections, which ends the clients.
 #[derive(Debug)]
 pub struct Listener {
@@ -136,8 +113,7 @@ pub struct Listener {
 
 #[derive(Debug)]
 struct Service {
-    path: PathBuf,
-    socket: OwnedFd,
+    door: Door,
     wake: OwnedFd,
     stopped: AtomicBool,
     engine: Arc<Engine>,
@@ -149,7 +125,7 @@ struct Service {
 #[derive(Debug)]
 struct Connection {
     socket: OwnedFd,
-    pid: i32,
+    peer: Peer,
     /// Until when it has to say the next thing; none once it is served.
     deadline: Option<Instant>,
     /// What it attached to, between Attach and Region.
@@ -179,10 +155,9 @@ impl Listener {
                 error: io::Error::other(error.to_string()),
             })?;
         }
-        let socket = listen_at(&address)?;
+        let door = Door::open(address, SocketType::SEQPACKET)?;
         let service = Arc::new(Service {
-            path: address.path,
-            socket,
+            door,
             wake: eventfd(0, EventfdFlags::CLOEXEC).map_err(|e| failed(e.into()))?,
             stopped: AtomicBool::new(false),
             engine,
@@ -197,7 +172,7 @@ impl Listener {
 
     /// Where it listens.
     pub fn path(&self) -> &Path {
-        &self.service.path
+        self.service.door.path()
     }
 
     /// Closes the socket and all connections.
@@ -208,8 +183,7 @@ impl Listener {
         let _ = rustix::io::write(&self.service.wake, &1u64.to_ne_bytes());
         // The thread catches nothing, and owns nothing that others wait for.
         let _ = thread.join();
-        // Ours: we are listening there until `self.service` is dropped.
-        let _ = std::fs::remove_file(&self.service.path);
+        self.service.door.remove();
     }
 }
 
@@ -219,73 +193,6 @@ impl Drop for Listener {
     }
 }
 
-fn listen_at(address: &Address) -> Result<OwnedFd> {
-    let path = address.path.as_path();
-    let failed =
-        |errno: Errno| Error::kernel(format!("cannot listen at {}", path.display()), errno);
-    let name = SocketAddrUnix::new(path).map_err(|_| {
-        Error::usage(
-            format!("{} is too long for a socket's path", path.display()),
-            "107 bytes at most; choose a shorter directory",
-        )
-    })?;
-    let create = || {
-        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-        socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)
-    };
-    let socket = create().map_err(failed)?;
-    match bind(&socket, &name) {
-        Ok(()) => {}
-        // Something that is there is replaced only if it is a socket without a server. (Connecting
-        // to an ordinary file is refused in the same words.)
-        Err(Errno::ADDRINUSE) if !is_socket(path) => {
-            return Err(Error::usage(
-                format!("{} exists, and is no socket", path.display()),
-                "choose another path",
-            ))
-        }
-        Err(Errno::ADDRINUSE) => {
-            let probe = create().map_err(failed)?;
-            match connect(&probe, &name) {
-                // Nobody listens at this file: its server is gone.
-                Err(Errno::CONNREFUSED) => std::fs::remove_file(path)
-                    .map_err(|e| Error::kernel(format!("cannot replace {}", path.display()), e))?,
-                _ => {
-                    return Err(Error::AddressInUse {
-                        message: format!("another server answers at {}", path.display()),
-                        hint: "choose another socket, or stop that server".to_owned(),
-                    })
-                }
-            }
-            bind(&socket, &name).map_err(failed)?;
-        }
-        Err(errno) => return Err(failed(errno)),
-    }
-    // Before anybody can connect, which takes a listening socket.
-    let ready = admit(address).and_then(|()| listen(&socket, 1024).map_err(failed));
-    if ready.is_err() {
-        // Ours, and good for nothing.
-        let _ = std::fs::remove_file(path);
-    }
-    ready.map(|()| socket)
-}
-
-fn is_socket(path: &Path) -> bool {
-    std::fs::symlink_metadata(path).is_ok_and(|metadata| metadata.file_type().is_socket())
-}
-
-/// Gives the socket its mode and its owner.
-fn admit(address: &Address) -> Result<()> {
-    let path = address.path.as_path();
-    std::fs::set_permissions(path, std::fs::Permissions::from_mode(address.mode))
-        .map_err(|e| Error::kernel(format!("cannot set the mode of {}", path.display()), e))?;
-    let Some((user, group)) = address.owner else { return Ok(()) };
-    std::os::unix::fs::lchown(path, Some(user), group).map_err(|error| Error::Permission {
-        message: format!("{} cannot be given to user {user}: {error}", path.display()),
-        hint: "run the server as root or with CAP_CHOWN, or let --mode admit a group".to_owned(),
-    })
-}
-
 impl Service {
     fn run(&self) {
         let mut connections: HashMap<i32, Connection> = HashMap::new();
@@ -293,7 +200,7 @@ impl Service {
         while !self.stopped.load(Relaxed) {
             let ready = self.wait(&connections);
             for descriptor in ready {
-                if descriptor == self.socket.as_raw_fd() {
+                if descriptor == self.door.as_fd().as_raw_fd() {
                     self.accept(&mut connections);
                 } else if let Some(connection) = connections.get_mut(&descriptor) {
                     if !self.attend(connection, &mut buffer) {
@@ -309,7 +216,7 @@ impl Service {
     /// Waits until a descriptor is ready or a connection was silent too long.
     fn wait(&self, connections: &HashMap<i32, Connection>) -> Vec<i32> {
         let mut watched =
-            vec![PollFd::new(&self.socket, PollFlags::IN), PollFd::new(&self.wake, PollFlags::IN)];
+            vec![PollFd::new(&self.door, PollFlags::IN), PollFd::new(&self.wake, PollFlags::IN)];
         watched.extend(connections.values().map(|c| PollFd::new(&c.socket, PollFlags::IN)));
         let until = connections.values().filter_map(|connection| connection.deadline).min();
         let timeout = until.map(|until| {
@@ -326,24 +233,27 @@ impl Service {
     }
 
     fn accept(&self, connections: &mut HashMap<i32, Connection>) {
-        // Not blocking: a client that reads no answers must not stop us from answering others.
-        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         loop {
-            let socket = match accept_with(&self.socket, flags) {
-                Ok(socket) => socket,
-                Err(Errno::MFILE | Errno::NFILE) => {
-                    // The client waits in the queue, and keeps the socket readable: do not spin.
-                    std::thread::sleep(Duration::from_millis(10));
-                    return;
+            // Not blocking: a client that reads no answers must not stop us from answering others.
+            let (socket, peer) = match self.door.accept() {
+                Visit::Admitted(socket, peer) => (socket, peer),
+                Visit::Refused(peer) => {
+                    self.engine.report(&format!(
+                        "user {} (pid {}) is not allowed to connect to {}",
+                        peer.uid,
+                        peer.pid,
+                        self.door.path().display()
+                    ));
+                    continue;
                 }
-                Err(_) => return,
+                Visit::Nobody => return,
             };
             // Connections above the limit are closed: their clients get a clear end.
             if connections.len() >= MOST_CLIENTS {
                 continue;
             }
             let connection = Connection {
-                pid: peer_pid(&socket),
+                peer,
                 deadline: Some(Instant::now() + SILENCE),
                 attached: None,
                 socket,
@@ -486,11 +396,12 @@ impl Service {
         };
         let new = NewTarget {
             uffd,
-            process: Some((connection.pid, open_pidfd(connection.pid)?)),
+            process: Some((connection.peer.pid, watch(connection)?)),
             template: Arc::clone(&self.template),
             backend,
             regions: RegionMap::new(start, run),
             beacon,
+            page_size: PAGE,
         };
         self.engine.add(new).map(|target| target.id).map_err(|error| error.to_string())
     }
@@ -499,7 +410,7 @@ impl Service {
     fn identify(&self, connection: &Connection, id: u64) -> Result<OwnedFd, String> {
         let target = self.engine.target(id).filter(|target| target.parent.is_some());
         let target = target.ok_or(format!("there is no forked target {id}"))?;
-        if !self.engine.identify(id, connection.pid, open_pidfd(connection.pid)?) {
+        if !self.engine.identify(id, connection.peer.pid, watch(connection)?) {
             return Err(format!("target {id} is another process"));
         }
         let uffd = target.dup_uffd().map_err(|error| error.to_string())?;
@@ -507,28 +418,11 @@ impl Service {
     }
 }
 
-/// The process that connected; 0 if it has no number in our pid namespace. (Rustix calls such an
-/// answer an error.)
-fn peer_pid(socket: &OwnedFd) -> i32 {
-    let mut peer = libc::ucred { pid: 0, uid: 0, gid: 0 };
-    let mut length = size_of::<libc::ucred>() as libc::socklen_t;
-    // SAFETY: both are valid for the call, and the length is that of the structure. It cannot fail
-    // for a connected Unix socket; if it did, the number would stay 0.
-    unsafe {
-        libc::getsockopt(
-            socket.as_raw_fd(),
-            libc::SOL_SOCKET,
-            libc::SO_PEERCRED,
-            std::ptr::from_mut(&mut peer).cast(),
-            &mut length,
-        )
-    };
-    peer.pid
-}
-
-fn open_pidfd(pid: i32) -> Result<OwnedFd, String> {
-    let pid =
-        rustix::process::Pid::from_raw(pid).ok_or("the client is in another pid namespace")?;
-    pidfd_open(pid, PidfdFlags::empty())
-        .map_err(|errno| format!("the client cannot be watched (pidfd_open): {errno}"))
+/// A descriptor of the client's process. A client whose number is not known here is not served: a
+/// forked child could not be told from it.
+fn watch(connection: &Connection) -> Result<OwnedFd, String> {
+    if connection.peer.pid == 0 {
+        return Err("the client is in another pid namespace".to_owned());
+    }
+    open_pidfd(&connection.socket, connection.peer)
 }

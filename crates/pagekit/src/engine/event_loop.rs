@@ -218,6 +218,7 @@ impl Loop<'_> {
             backend: Arc::clone(&parent.backend),
             regions,
             beacon: parent.beacon,
+            page_size: parent.page_size,
         };
         let Err(error) = self.shared.add(Some(parent.id), child) else { return };
         let message = format!(

@@ -31,6 +31,7 @@ use rustix::event::epoll::{self, EventData, EventFlags};
 use rustix::event::{eventfd, EventfdFlags};
 
 use crate::error::{Error, Result};
+use crate::template::Fetch;
 pub use outcome::{Histogram, Outcome, Outcomes};
 use target::Fault;
 pub use target::{NewTarget, Target, TargetId};
@@ -171,6 +172,16 @@ impl Engine {
     pub fn identify(&self, id: TargetId, pid: i32, pidfd: OwnedFd) -> bool {
         let Some(target) = self.target(id) else { return false };
         target.identify(pid, pidfd) && self.shared.watch_exit(&target).is_ok()
+    }
+
+    /// Attends to a fetch on a worker, for clients that bring pages by another way than a fault.
+    pub fn submit(&self, fetch: Fetch) {
+        self.shared.workers.submit(fetch);
+    }
+
+    /// Says on stderr what went wrong with a client, and keeps it for the statistics.
+    pub fn report(&self, message: &str) {
+        self.shared.report(message);
     }
 
     /// Stops serving a target whose process is known to be gone.

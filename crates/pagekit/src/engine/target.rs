@@ -43,6 +43,8 @@ pub struct Target {
     pub(super) backend: Arc<dyn Backend>,
     /// A page of the target that is answered with the target's number; see [`crate::client::shim`].
     pub(super) beacon: Option<u64>,
+    /// Bytes of the target's own pages: 4096, or 2 MiB for hugetlb.
+    pub(super) page_size: u64,
     /// Taken before events are read and until they are applied, and around every install: a page
     /// that was removed can never be filled again by somebody who looked before.
     state: Mutex<State>,
@@ -129,6 +131,8 @@ pub struct NewTarget {
     pub regions: RegionMap,
     /// A registered page to be answered with the target's number.
     pub beacon: Option<u64>,
+    /// Bytes of the target's own pages: 4096, or 2 MiB for hugetlb.
+    pub page_size: u64,
 }
 
 impl Target {
@@ -142,6 +146,7 @@ impl Target {
             template: new.template,
             backend: new.backend,
             beacon: new.beacon,
+            page_size: new.page_size,
             state: Mutex::new(State {
                 regions: new.regions,
                 stream: Stream { next: u64::MAX, window: SHORTEST_WINDOW },
@@ -234,7 +239,12 @@ impl Target {
                     return self.give_up(shared, fault, error);
                 }
                 if fault.window == 0 {
-                    fault.window = state.stream.window(page);
+                    self.template.demanded(page);
+                    fault.window = match self.template.recording() {
+                        // Its neighbours shall be demanded themselves, or not be recorded.
+                        true => 1,
+                        false => state.stream.window(page),
+                    };
                 }
                 match self.template.want(page, fault.window, || self.waiter(shared, &fault)) {
                     Want::Here => {

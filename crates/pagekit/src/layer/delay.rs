@@ -5,7 +5,7 @@ use std::time::Duration;
 use super::Next;
 use crate::error::Result;
 use crate::page::Run;
-use crate::source::{Capabilities, Content, Source};
+use crate::source::{Capabilities, Content, Identity, Source};
 
 /// Waits before each read. Reads that wait do so side by side.
 #[derive(Debug)]
@@ -28,6 +28,10 @@ impl Source for Delay {
 
     fn capabilities(&self) -> Capabilities {
         Capabilities { immediate: false, ..self.next.capabilities() }
+    }
+
+    fn identity(&self) -> Result<Identity> {
+        self.next.identity()
     }
 
     fn zero_runs(&self) -> Result<Vec<Run>> {

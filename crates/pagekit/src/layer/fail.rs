@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use super::Next;
 use crate::error::{Error, Result};
 use crate::page::{Run, PAGE};
-use crate::source::{Capabilities, Content, Source};
+use crate::source::{Capabilities, Content, Identity, Source};
 
 /// Which reads fail.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -47,6 +47,10 @@ impl Source for Fail {
 
     fn capabilities(&self) -> Capabilities {
         Capabilities { immediate: false, ..self.next.capabilities() }
+    }
+
+    fn identity(&self) -> Result<Identity> {
+        self.next.identity()
     }
 
     fn zero_runs(&self) -> Result<Vec<Run>> {

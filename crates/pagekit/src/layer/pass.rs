@@ -3,7 +3,7 @@
 use super::Next;
 use crate::error::Result;
 use crate::page::Run;
-use crate::source::{Capabilities, Content, Source};
+use crate::source::{Capabilities, Content, Identity, Source};
 
 /// Forwards everything to `next`.
 #[derive(Debug)]
@@ -25,6 +25,10 @@ impl Source for Pass {
 
     fn capabilities(&self) -> Capabilities {
         self.next.capabilities()
+    }
+
+    fn identity(&self) -> Result<Identity> {
+        self.next.identity()
     }
 
     fn zero_runs(&self) -> Result<Vec<Run>> {

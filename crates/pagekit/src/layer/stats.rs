@@ -6,7 +6,7 @@ use std::time::Instant;
 use super::Next;
 use crate::error::Result;
 use crate::page::Run;
-use crate::source::{Capabilities, Content, Source};
+use crate::source::{Capabilities, Content, Identity, Source};
 
 /// Counts reads, bytes, errors and the time spent below.
 #[derive(Debug)]
@@ -55,6 +55,10 @@ impl Source for Stats {
 
     fn capabilities(&self) -> Capabilities {
         self.next.capabilities()
+    }
+
+    fn identity(&self) -> Result<Identity> {
+        self.next.identity()
     }
 
     fn zero_runs(&self) -> Result<Vec<Run>> {

@@ -39,6 +39,23 @@ pub struct Capabilities {
     pub immediate: bool,
 }
 
+/// What a source says it is: the same for the same content, wherever it lies. It tells which template
+/// a working set belongs to; pages are never taken for right because of it.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Identity(pub [u8; 32]);
+
+impl std::fmt::Display for Identity {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+    }
+}
+
+impl std::fmt::Debug for Identity {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Identity({self})")
+    }
+}
+
 /// Where bytes come from. Shared by threads; every method may be called from any of them.
 pub trait Source: Send + Sync + std::fmt::Debug {
     /// The spec string that makes this piece, for messages: `file:mem`, `delay=2ms`.
@@ -46,6 +63,9 @@ pub trait Source: Send + Sync + std::fmt::Debug {
 
     /// What it can do; constant for the life of the source.
     fn capabilities(&self) -> Capabilities;
+
+    /// What it is. A layer that changes no content says what its `next` one says.
+    fn identity(&self) -> Result<Identity>;
 
     /// Runs known to be zero without reading, rising and not overlapping.
     fn zero_runs(&self) -> Result<Vec<Run>>;

@@ -1,6 +1,6 @@
 //! `zero:SIZE`: nothing but zeros. The do-nothing example of a source.
 
-use super::{Capabilities, Content, Source};
+use super::{Capabilities, Content, Identity, Source};
 use crate::error::Result;
 use crate::page::{Run, PAGE};
 
@@ -24,6 +24,10 @@ impl Source for Zero {
 
     fn capabilities(&self) -> Capabilities {
         Capabilities { size: self.size, concurrency: usize::MAX, immediate: true }
+    }
+
+    fn identity(&self) -> Result<Identity> {
+        Ok(Identity(blake3::hash(self.name().as_bytes()).into()))
     }
 
     fn zero_runs(&self) -> Result<Vec<Run>> {

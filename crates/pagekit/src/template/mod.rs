@@ -19,24 +19,31 @@
 //! every later fault fails loudly ([`Template::audit`], and each publication).
 
 pub mod cache_file;
-mod page_set;
 
+use std::collections::BTreeMap;
 use std::os::fd::BorrowedFd;
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
+use std::sync::atomic::{
+    AtomicBool, AtomicU64, AtomicUsize,
+    Ordering::{AcqRel, Relaxed},
+};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use crate::delivery::Delivery;
 use crate::error::{Error, Result};
 use crate::page::{self, find, Run, PAGE};
-use crate::source::{Content, Source};
+use crate::page_set::PageSet;
+use crate::source::{Content, Identity, Source};
 use crate::stack;
+use crate::working_set::Recorder;
 use cache_file::CacheFile;
-use page_set::PageSet;
 
 /// Zero runs shorter than this are fetched like data: splitting a fetch or a mapping for them costs
 /// more than their bytes.
 const SHORTEST_ZERO_RUN: u64 = 16;
+
+/// Pages that one fetch brings at most: 2 MiB.
+const LONGEST_FETCH: u64 = 512;
 
 /// Called once when the page it waits for is there, or never will be; on whatever thread finishes
 /// the fetch. Must not block.
@@ -63,7 +70,10 @@ pub struct Template {
     zero_runs: Vec<Run>,
     cache: CacheFile,
     present: PageSet,
-    flights: Mutex<Vec<Flight>>,
+    flights: Mutex<Flights>,
+    recorder: RwLock<Option<Arc<Recorder>>>,
+    /// Whether there is a recorder: asked at every fault.
+    recording: AtomicBool,
     damaged: OnceLock<Arc<Error>>,
     deadline: Duration,
     counters: Counters,
@@ -106,8 +116,17 @@ pub struct Statistics {
 
 struct Flight {
     run: Run,
-    /// Who waits for which page.
-    waiters: Vec<(u64, Waiter)>,
+    /// Who waits for which of its pages.
+    waiters: Vec<(Run, Waiter)>,
+}
+
+/// Fetches under way, by their first page; they never overlap.
+type Flights = BTreeMap<u64, Flight>;
+
+/// The flight that will bring `page`.
+fn flight_of(flights: &mut Flights, page: u64) -> Option<&mut Flight> {
+    let (_, flight) = flights.range_mut(..=page).next_back()?;
+    flight.run.contains(page).then_some(flight)
 }
 
 impl std::fmt::Debug for Flight {
@@ -145,7 +164,9 @@ impl Template {
             present: PageSet::new(size / PAGE),
             zero_runs,
             stack,
-            flights: Mutex::new(Vec::new()),
+            flights: Mutex::default(),
+            recorder: RwLock::default(),
+            recording: AtomicBool::new(false),
             damaged: OnceLock::new(),
             deadline,
             counters: Counters::default(),
@@ -192,19 +213,107 @@ impl Template {
         if self.present.contains(page) {
             return Want::Here;
         }
-        if let Some(flight) = flights.iter_mut().find(|flight| flight.run.contains(page)) {
-            flight.waiters.push((page, waiter()));
+        let one = Run { start: page, pages: 1 };
+        if let Some(flight) = flight_of(&mut flights, page) {
+            flight.waiters.push((one, waiter()));
             return Want::Waiting;
         }
         let run = self.absent_around(&flights, page, window);
-        flights.push(Flight { run, waiters: vec![(page, waiter())] });
-        Want::Fetch(Fetch {
-            template: Arc::clone(self),
-            run,
-            began: Instant::now(),
-            attempts: 0,
-            ended: false,
-        })
+        Want::Fetch(self.take_off(&mut flights, run, vec![(one, waiter())]))
+    }
+
+    /// Asks for all pages of `run`: calls `waiter` once when each of them is in the template's file
+    /// or zero by the map, on this thread if that is so already; or when one cannot be had. The
+    /// caller must see to the fetches.
+    pub fn want_all(self: &Arc<Self>, run: Run, waiter: Waiter) -> Vec<Fetch> {
+        let all = Arc::new(Gathering::new(waiter));
+        let fetches = self.claim(run, Some(&all));
+        all.arrived(&Ok(()));
+        fetches
+    }
+
+    /// Fetches for what of `run` is absent and not in flight; nobody waits for them.
+    pub fn fetch_ahead(self: &Arc<Self>, run: Run) -> Vec<Fetch> {
+        self.claim(run, None)
+    }
+
+    fn claim(self: &Arc<Self>, run: Run, waiting: Option<&Arc<Gathering>>) -> Vec<Fetch> {
+        let mut fetches = Vec::new();
+        let mut flights = self.lock_flights();
+        let mut page = run.start;
+        while page < run.end() {
+            let (end, flight) = if self.present.contains(page) {
+                (page + 1, None)
+            } else if let Some(zero) = find(&self.zero_runs, page) {
+                (zero.end(), None)
+            } else if let Some(flight) = flight_of(&mut flights, page) {
+                (flight.run.end(), Some(flight))
+            } else {
+                let mut end = page + 1;
+                let last = run.end().min(page + LONGEST_FETCH);
+                while end < last && self.is_absent(&flights, end) {
+                    end += 1;
+                }
+                fetches.push(self.take_off(&mut flights, Run::between(page, end), Vec::new()));
+                (end, flights.get_mut(&page))
+            };
+            if let (Some(flight), Some(all)) = (flight, waiting) {
+                flight.waiters.push((Run::between(page, end.min(run.end())), all.waiter()));
+            }
+            page = end;
+        }
+        fetches
+    }
+
+    fn take_off(
+        self: &Arc<Self>,
+        flights: &mut Flights,
+        run: Run,
+        waiters: Vec<(Run, Waiter)>,
+    ) -> Fetch {
+        flights.insert(run.start, Flight { run, waiters });
+        Fetch { template: Arc::clone(self), run, began: Instant::now(), attempts: 0, ended: false }
+    }
+
+    /// A client says that `page` was demanded, before it asks for it. What is fetched ahead, or along
+    /// with another page, was not demanded.
+    pub fn demanded(&self, page: u64) {
+        if self.recording.load(Relaxed) {
+            if let Some(recorder) = &*self.recorder.read().unwrap_or_else(PoisonError::into_inner) {
+                recorder.demanded(page);
+            }
+        }
+    }
+
+    /// Whether demands are recorded: then pages must come one by one, so that each is demanded.
+    pub fn recording(&self) -> bool {
+        self.recording.load(Relaxed)
+    }
+
+    /// Records demands from now on, instead of what was recorded before.
+    ///
+    /// # Errors
+    /// Those of the source, which is asked for its identity.
+    pub fn record(&self) -> Result<Arc<Recorder>> {
+        let recorder = Arc::new(Recorder::new(self.identity()?, self.whole().pages));
+        *self.recorder.write().unwrap_or_else(PoisonError::into_inner) =
+            Some(Arc::clone(&recorder));
+        self.recording.store(true, Relaxed);
+        Ok(recorder)
+    }
+
+    /// Ends the recording: demands are served in windows again.
+    pub fn stop_recording(&self) {
+        self.recording.store(false, Relaxed);
+        *self.recorder.write().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+
+    /// What the source says it is: the same for the same content, wherever it lies.
+    ///
+    /// # Errors
+    /// Those of the source.
+    pub fn identity(&self) -> Result<Identity> {
+        self.stack.identity()
     }
 
     /// The pages of `run` from its start on that are in the template's file, in one piece.
@@ -264,12 +373,8 @@ impl Template {
     pub fn audit(&self) -> Result<(), Arc<Error>> {
         let flights = self.lock_flights();
         for run in self.cache.data_runs().map_err(Arc::new)? {
-            let strange = (run.start..run.end()).find(|page| {
-                !self.present.contains(*page)
-                    // Who reads a hole there gets what belongs there.
-                    && find(&self.zero_runs, *page).is_none()
-                    && !flights.iter().any(|f| f.run.contains(*page))
-            });
+            // Who reads a hole where zeros belong gets what belongs there.
+            let strange = (run.start..run.end()).find(|page| self.is_absent(&flights, *page));
             if let Some(page) = strange {
                 return Err(self.damage(page));
             }
@@ -336,14 +441,10 @@ impl Template {
 
     /// The longest run around `page` with nothing in it that is present, zero or in flight, at most
     /// `window` pages behind its aligned start.
-    fn absent_around(&self, flights: &[Flight], page: u64, window: u64) -> Run {
+    fn absent_around(&self, flights: &Flights, page: u64, window: u64) -> Run {
         let window = window.max(1);
         let aligned = page - page % window;
-        let absent = |page: u64| {
-            !self.present.contains(page)
-                && find(&self.zero_runs, page).is_none()
-                && !flights.iter().any(|flight| flight.run.contains(page))
-        };
+        let absent = |page: u64| self.is_absent(flights, page);
         let mut start = page;
         while start > aligned && absent(start - 1) {
             start -= 1;
@@ -354,6 +455,14 @@ impl Template {
             end += 1;
         }
         Run::between(start, end)
+    }
+
+    /// Whether `page` is neither here, nor zero, nor on its way.
+    fn is_absent(&self, flights: &Flights, page: u64) -> bool {
+        let before = flights.range(..=page).next_back();
+        !self.present.contains(page)
+            && find(&self.zero_runs, page).is_none()
+            && !before.is_some_and(|(_, flight)| flight.run.contains(page))
     }
 
     fn damage(&self, page: u64) -> Arc<Error> {
@@ -368,9 +477,9 @@ impl Template {
         Arc::clone(self.damaged.get_or_init(|| Arc::new(error)))
     }
 
-    fn lock_flights(&self) -> MutexGuard<'_, Vec<Flight>> {
+    fn lock_flights(&self) -> MutexGuard<'_, Flights> {
         // Nothing that holds this lock can leave the list half changed, so poison means nothing.
-        self.flights.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+        self.flights.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -443,19 +552,19 @@ impl Fetch {
 
     /// One attempt for each page that somebody waits for, until nobody waits.
     fn one_by_one(&mut self) {
-        while let Some(page) = self.next_waited_for() {
-            let outcome = match self.template.present.contains(page) {
-                true => Ok(()),
-                false => self.bring(Run { start: page, pages: 1 }),
-            };
+        while let Some(wanted) = self.next_waited_for() {
+            let outcome = (wanted.start..wanted.end()).try_for_each(|page| {
+                match self.template.present.contains(page) {
+                    true => Ok(()),
+                    false => self.bring(Run { start: page, pages: 1 }),
+                }
+            });
             // Taken only now: should the read panic, they are told by the drop.
             let waiters = {
                 let mut flights = self.template.lock_flights();
-                let Some(flight) = flights.iter_mut().find(|flight| flight.run == self.run) else {
-                    break;
-                };
+                let Some(flight) = flights.get_mut(&self.run.start) else { break };
                 let all = std::mem::take(&mut flight.waiters);
-                let (these, others) = all.into_iter().partition(|(waited, _)| *waited == page);
+                let (these, others) = all.into_iter().partition(|(waited, _)| *waited == wanted);
                 flight.waiters = others;
                 these
             };
@@ -464,15 +573,14 @@ impl Fetch {
         self.ended = true;
     }
 
-    /// A page of this fetch that somebody waits for; if there is none, the fetch is over.
-    fn next_waited_for(&self) -> Option<u64> {
+    /// Pages of this fetch that somebody waits for; if there are none, the fetch is over.
+    fn next_waited_for(&self) -> Option<Run> {
         let mut flights = self.template.lock_flights();
-        let at = flights.iter().position(|flight| flight.run == self.run)?;
-        let page = flights[at].waiters.first().map(|(page, _)| *page);
-        if page.is_none() {
-            flights.swap_remove(at);
+        let wanted = flights.get(&self.run.start)?.waiters.first().map(|(wanted, _)| *wanted);
+        if wanted.is_none() {
+            flights.remove(&self.run.start);
         }
-        page
+        wanted
     }
 
     fn publish(&self, run: Run, content: Content, buffer: &[u8]) -> Result<(), Arc<Error>> {
@@ -504,16 +612,52 @@ impl Fetch {
         self.ended = true;
         let waiters = {
             let mut flights = self.template.lock_flights();
-            let at = flights.iter().position(|flight| flight.run == self.run);
-            at.map(|at| flights.swap_remove(at).waiters).unwrap_or_default()
+            flights.remove(&self.run.start).map(|flight| flight.waiters).unwrap_or_default()
         };
         tell(waiters, &outcome);
     }
 }
 
-fn tell(waiters: Vec<(u64, Waiter)>, outcome: &Result<(), Arc<Error>>) {
+fn tell(waiters: Vec<(Run, Waiter)>, outcome: &Result<(), Arc<Error>>) {
     for (_, waiter) in waiters {
         waiter(outcome);
+    }
+}
+
+/// One waiter for several fetches: told when the last of them has ended, of the first failure if
+/// there was one.
+struct Gathering {
+    left: AtomicUsize,
+    failure: OnceLock<Arc<Error>>,
+    waiter: Mutex<Option<Waiter>>,
+}
+
+impl Gathering {
+    /// The one who gathers counts as one that has yet to arrive.
+    fn new(waiter: Waiter) -> Gathering {
+        Gathering {
+            left: AtomicUsize::new(1),
+            failure: OnceLock::new(),
+            waiter: Mutex::new(Some(waiter)),
+        }
+    }
+
+    fn waiter(self: &Arc<Self>) -> Waiter {
+        self.left.fetch_add(1, AcqRel);
+        let all = Arc::clone(self);
+        Box::new(move |outcome| all.arrived(outcome))
+    }
+
+    fn arrived(&self, outcome: &Result<(), Arc<Error>>) {
+        if let Err(error) = outcome {
+            let _ = self.failure.set(Arc::clone(error));
+        }
+        if self.left.fetch_sub(1, AcqRel) == 1 {
+            let waiter = self.waiter.lock().unwrap_or_else(PoisonError::into_inner).take();
+            if let Some(waiter) = waiter {
+                waiter(&self.failure.get().map_or(Ok(()), |error| Err(Arc::clone(error))));
+            }
+        }
     }
 }
 

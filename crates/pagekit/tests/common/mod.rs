@@ -189,6 +189,7 @@ impl Served {
             backend: backend(name),
             regions: RegionMap::new(memory.start, run),
             beacon: None,
+            page_size: PAGE,
         };
         let target = engine.add(new).unwrap();
         Served { target: Some(target), memory, engine: Arc::clone(engine) }

@@ -5,28 +5,34 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use crate::page::Run;
 
 #[derive(Debug)]
-pub(super) struct PageSet {
+pub(crate) struct PageSet {
     words: Box<[AtomicU64]>,
 }
 
 impl PageSet {
-    pub(super) fn new(pages: u64) -> PageSet {
+    pub(crate) fn new(pages: u64) -> PageSet {
         PageSet { words: (0..pages.div_ceil(64)).map(|_| AtomicU64::new(0)).collect() }
     }
 
     /// Acquire, so that who sees a page present also sees its content published.
-    pub(super) fn contains(&self, page: u64) -> bool {
+    pub(crate) fn contains(&self, page: u64) -> bool {
         let word = self.words.get((page / 64) as usize);
         word.is_some_and(|word| word.load(Ordering::Acquire) >> (page % 64) & 1 == 1)
     }
 
-    pub(super) fn insert(&self, run: Run) {
+    pub(crate) fn insert(&self, run: Run) {
         for page in run.start..run.end() {
             self.words[(page / 64) as usize].fetch_or(1 << (page % 64), Ordering::Release);
         }
     }
 
-    pub(super) fn len(&self) -> u64 {
+    /// Puts one page in; says whether it was not in before.
+    pub(crate) fn put(&self, page: u64) -> bool {
+        let bit = 1 << (page % 64);
+        self.words[(page / 64) as usize].fetch_or(bit, Ordering::AcqRel) & bit == 0
+    }
+
+    pub(crate) fn len(&self) -> u64 {
         self.words.iter().map(|word| u64::from(word.load(Ordering::Relaxed).count_ones())).sum()
     }
 }
@@ -43,5 +49,6 @@ mod tests {
         assert!(!set.contains(59) && set.contains(60) && set.contains(69) && !set.contains(70));
         assert!(set.contains(129) && !set.contains(1000));
         assert_eq!(set.len(), 11);
+        assert!(set.put(7) && !set.put(7) && !set.put(60));
     }
 }
