@@ -5,6 +5,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 pub use crate::client::door::Address;
+pub use crate::client::mount;
+use crate::client::mount::Mount;
 use crate::client::shim::{plan, Listener, Plan};
 use crate::delivery::Delivery;
 use crate::engine::{self, Engine};
@@ -18,12 +20,14 @@ pub struct Ways {
     pub shim: Option<Address>,
     /// How they get the memory: `auto`, `share`, `copy` or `plain`; empty is `auto`.
     pub backend: String,
+    /// Where the memory is mounted as a file.
+    pub mount: Option<mount::Options>,
 }
 
 impl Ways {
     /// The shim's socket alone.
     pub fn shim(address: impl Into<Address>, backend: &str) -> Ways {
-        Ways { shim: Some(address.into()), backend: backend.to_owned() }
+        Ways { shim: Some(address.into()), backend: backend.to_owned(), ..Ways::default() }
     }
 }
 
@@ -32,6 +36,7 @@ impl Ways {
 pub struct Server {
     // Dropped in this order: the clients learn that it is over before nobody serves them.
     shim: Option<(Listener, Plan, String)>,
+    mount: Option<Mount>,
     engine: Arc<Engine>,
     template: Arc<Template>,
 }
@@ -43,6 +48,8 @@ pub struct Statistics {
     pub backend: Option<&'static str>,
     /// Why so.
     pub reason: Option<String>,
+    /// The mount's own.
+    pub mount: Option<mount::Statistics>,
     /// Fetches of the template.
     pub fetches: u64,
     /// Bytes that they brought.
@@ -61,12 +68,19 @@ impl Server {
     /// `Usage` (no way in, unknown backend), `Permission` (no userfaultfd for a served one),
     /// `AddressInUse`, `Kernel`, and what loading the template brings where that is needed.
     pub fn start(template: Arc<Template>, delivery: Arc<Delivery>, ways: Ways) -> Result<Server> {
-        if ways.shim.is_none() {
-            return Err(Error::usage("there is no way in", "give a socket"));
+        if ways.shim.is_none() && ways.mount.is_none() {
+            return Err(Error::usage("there is no way in", "give a socket or a mount point"));
         }
         let engine = Arc::new(Engine::start()?);
-        let mut server =
-            Server { shim: None, engine: Arc::clone(&engine), template: Arc::clone(&template) };
+        let mut server = Server {
+            shim: None,
+            mount: None,
+            engine: Arc::clone(&engine),
+            template: Arc::clone(&template),
+        };
+        if let Some(options) = ways.mount {
+            server.mount = Some(Mount::start(options, engine.clone(), template.clone())?);
+        }
         if let Some(address) = ways.shim {
             let backend = if ways.backend.is_empty() { "auto" } else { &ways.backend };
             let (plan, reason) = plan(&template, &delivery, backend)?;
@@ -86,6 +100,11 @@ impl Server {
         self.shim.as_ref().map(|(listener, ..)| listener.path())
     }
 
+    /// The memory as a file, and how the kernel gets it.
+    pub fn mount(&self) -> Option<&Mount> {
+        self.mount.as_ref()
+    }
+
     /// The template.
     pub fn template(&self) -> &Arc<Template> {
         &self.template
@@ -102,6 +121,7 @@ impl Server {
         Statistics {
             backend: self.backend().map(|(backend, _)| backend),
             reason: self.backend().map(|(_, reason)| reason.to_owned()),
+            mount: self.mount.as_ref().map(Mount::statistics),
             fetches: template.fetches,
             bytes_read: template.bytes_read,
             engine: self.engine.statistics(),
@@ -114,6 +134,9 @@ impl Server {
     pub fn stop(&self) {
         if let Some((listener, ..)) = &self.shim {
             listener.stop();
+        }
+        if let Some(mount) = &self.mount {
+            mount.stop();
         }
         self.engine.stop();
     }
