@@ -55,7 +55,7 @@ fn serve(options: &Options) -> Result<ExitCode> {
     let server = Server::start(
         template,
         delivery,
-        Ways { shim: Some(address), backend: options.backend.clone() },
+        Ways { shim: Some(address), backend: options.backend.clone(), ..Ways::default() },
     )?;
     let (backend, reason) = server.backend().unwrap_or_default();
     eprintln!("pagekit: serving {} at {}", options.spec, options.socket.display());
