@@ -67,6 +67,9 @@ struct Plan {
 pub trait Sink: Send + Sync + std::fmt::Debug {
     /// Takes the present pages of `run`, as far as it can now. Called by one thread at a time.
     fn put(&self, run: Run) -> Taken;
+
+    /// Whether it takes no more, for good.
+    fn is_over(&self) -> bool;
 }
 
 /// What a sink did with pages.
@@ -505,7 +508,7 @@ mod tests {
         let apart = runs(&[(0, 50), (60, 80), (81, 101), (120, 130)]);
         assert_eq!(bridged(apart.clone(), &[]), runs(&[(0, 101), (120, 130)]));
         let zeros = runs(&[(52, 55)]);
-        assert_eq!(bridged(apart, &zeros), runs(&[(0, 50), (60, 130)]));
+        assert_eq!(bridged(apart, &zeros), runs(&[(0, 50), (60, 101), (120, 130)]));
         assert_eq!(bridged(runs(&[(0, 1), (3, 4)]), &[]), runs(&[(0, 1), (3, 4)]), "no budget");
     }
 

@@ -27,6 +27,8 @@ use super::{Counters, Options};
 use crate::engine::Engine;
 use crate::error::Error;
 use crate::page::{find, Run, PAGE};
+use crate::page_set::PageSet;
+use crate::template::replay::Taken;
 use crate::template::{Template, Waiter};
 
 const ROOT: INodeNo = INodeNo::ROOT;
@@ -40,6 +42,8 @@ const AHEAD: u16 = 64;
 /// Pages brought into the template at least, and at most while a client reads on where it left off.
 const SHORTEST_WINDOW: u64 = 16;
 const LONGEST_WINDOW: u64 = 256;
+/// Pages handed to the kernel with one call.
+const PUSHED_AT_ONCE: u64 = 128;
 /// Errors that are reported; all are counted.
 const MOST_REPORTS: u64 = 20;
 
@@ -58,7 +62,8 @@ pub(super) struct Shared {
     pub(super) counters: Counters,
     /// The path of the file, for messages.
     pub(super) path: PathBuf,
-    pub(super) notifier: OnceLock<Notifier>,
+    /// By which the kernel is told things, once mounted, if it caches pages of ours.
+    notifier: OnceLock<Notifier>,
     /// Nobody is answered any more.
     pub(super) stopped: AtomicBool,
     damaged: OnceLock<Arc<Error>>,
@@ -77,11 +82,24 @@ struct Readahead {
     setting: OnceLock<PathBuf>,
 }
 
-/// Who has the file open.
-#[derive(Debug, Default)]
+/// What becomes of requests that the kernel makes ahead of demand.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Guesses {
+    /// They are as good as any: nobody knows better what will be needed.
+    Served,
+    /// A working set knows better; what it lacks is fetched when it is demanded.
+    ServedIfHere,
+    /// What is demanded is to be seen.
+    Refused,
+}
+
+/// Who has the file open, and what the kernel was refused.
+#[derive(Debug)]
 struct Openings {
     last: u64,
     open: HashMap<u64, Stream>,
+    /// Pages of guesses that were refused since the kernel last forgot what it has cached.
+    refused: Option<PageSet>,
 }
 
 /// Whether a client reads on where it left off.
@@ -119,7 +137,7 @@ impl Shared {
             notifier: OnceLock::new(),
             stopped: AtomicBool::new(false),
             damaged: OnceLock::new(),
-            openings: Mutex::default(),
+            openings: Mutex::new(Openings { last: 0, open: HashMap::new(), refused: None }),
             readahead: Readahead {
                 usual: options.readahead,
                 now: AtomicU64::new(u64::MAX),
@@ -150,27 +168,92 @@ impl Shared {
     }
 
     /// The file is mounted: from now on the kernel's setting can be changed.
-    pub(super) fn mounted(&self, setting: PathBuf) {
+    pub(super) fn mounted(&self, setting: PathBuf, notifier: Notifier) {
+        let _ = self.notifier.set(notifier);
         let _ = self.readahead.setting.set(setting);
         self.steer();
     }
 
-    /// Sets how much the kernel reads ahead in files that are opened from now on: nothing while
-    /// demands are recorded.
+    /// Sets how much the kernel reads ahead in files that are opened from now on.
     fn steer(&self) {
         let Some(setting) = self.readahead.setting.get() else { return };
-        let wanted = if self.template.recording() { 0 } else { self.readahead.usual };
-        if self.readahead.now.swap(wanted, Relaxed) == wanted {
-            return;
+        let wanted = match self.guesses() {
+            Guesses::Served => self.readahead.usual,
+            _ => 0,
+        };
+        if self.readahead.now.swap(wanted, Relaxed) != wanted {
+            // Where it may not be set, what it guesses is refused nevertheless.
+            let _ = std::fs::write(setting, (wanted >> 10).to_string());
         }
-        if let Err(error) = std::fs::write(setting, (wanted >> 10).to_string()) {
-            self.engine.report(&format!(
-                "the kernel reads ahead in {} as it likes{} ({}: {error})",
-                self.path.display(),
-                if wanted == 0 { ", and what it does so is recorded as demanded" } else { "" },
-                setting.display(),
-            ));
+    }
+
+    /// Whether the kernel shall forget what it has cached when the file is opened now.
+    fn forgets(&self) -> bool {
+        // What it has would not be demanded; and what it was refused, it asks for page by page.
+        let recording = self.template.recording();
+        let refused =
+            self.openings().refused.take_if(|_| recording || self.guesses() == Guesses::Served);
+        recording || refused.is_some()
+    }
+
+    fn guesses(&self) -> Guesses {
+        if self.template.recording() {
+            Guesses::Refused
+        } else if !self.template.capabilities().immediate
+            && self.template.current_replay().is_some()
+        {
+            Guesses::ServedIfHere
+        } else {
+            Guesses::Served
         }
+    }
+
+    /// Whether to refuse a request for `run`, which nobody may have asked the kernel for.
+    fn refuses_guess(&self, run: Run) -> bool {
+        let refuses = run.pages > 1
+            && match self.guesses() {
+                Guesses::Served => false,
+                Guesses::ServedIfHere => !self.is_here(run),
+                Guesses::Refused => true,
+            };
+        if !refuses {
+            return false;
+        }
+        let mut openings = self.openings();
+        let refused =
+            openings.refused.get_or_insert_with(|| PageSet::new(self.template.whole().pages));
+        let new = (run.start..run.end()).filter(|page| refused.put(*page)).count();
+        if new > 0 {
+            self.counters.refused_guesses.fetch_add(1, Relaxed);
+        }
+        new > 0
+    }
+
+    /// Puts the present pages of `run` into the kernel's cache. It waits for requests under way that
+    /// concern them: no thread that such a request may be waiting for calls this.
+    pub(super) fn push(&self, run: Run) -> Taken {
+        let Some(notifier) = self.notifier.get() else { return Taken::Over };
+        let mut at = run.start;
+        while at < run.end() {
+            if self.stopped.load(Relaxed) || self.check().is_err() {
+                return Taken::Over;
+            }
+            let rest = Run::between(at, run.end().min(at + PUSHED_AT_ONCE));
+            let part = self.template.present_from(rest);
+            if part.pages > 0 {
+                match notifier.store(FILE, part.offset(), self.present(part)) {
+                    Ok(()) => self.counters.pushed_pages.fetch_add(part.pages, Relaxed),
+                    // The kernel is short of memory, or the connection is gone.
+                    Err(error) if error.raw_os_error() == Some(libc::ENOMEM) => {
+                        return Taken::NotYet
+                    }
+                    Err(_) => return Taken::Over,
+                };
+            }
+            at = part.end().max(at + 1);
+        }
+        self.counters.pushes.fetch_add(1, Relaxed);
+        Taken::All
     }
 
     /// Answers a request, now or when its pages are here.
@@ -229,7 +312,7 @@ impl Shared {
     }
 
     /// The bytes of `run`, a part that is present, in the template's alias.
-    pub(super) fn present(&self, run: Run) -> &[u8] {
+    fn present(&self, run: Run) -> &[u8] {
         let start = self.template.cache().address(run);
         // SAFETY: the pages are present, so reading them raises no SIGBUS, and nobody ever changes
         // them; the alias lives as long as the template.
@@ -461,8 +544,7 @@ impl Filesystem for OneFile {
         }
         // The kernel looks at the setting when we have answered.
         self.shared.steer();
-        let keep = match self.shared.template.recording() {
-            // What others had read already would not be demanded.
+        let keep = match self.shared.forgets() {
             true => FopenFlags::empty(),
             false => FopenFlags::FOPEN_KEEP_CACHE,
         };
@@ -490,7 +572,7 @@ impl Filesystem for OneFile {
         handle: FileHandle,
         offset: u64,
         size: u32,
-        _: OpenFlags,
+        flags: OpenFlags,
         _: Option<LockOwner>,
         reply: ReplyData,
     ) {
@@ -504,6 +586,9 @@ impl Filesystem for OneFile {
             return reply.data(&[]);
         }
         let run = pages_of(offset, bytes);
+        if flags.0 & libc::O_DIRECT == 0 && shared.refuses_guess(run) {
+            return reply.error(Errno::EIO);
+        }
         let window = match template.recording() {
             true => {
                 (run.start..run.end()).for_each(|page| template.demanded(page));

@@ -1,16 +1,64 @@
 //! The mount: a file system with the template's memory as one file, for any program that maps it
-//! privately. No preloaded library, no userfaultfd, nothing private in a fork for a page that it
-//! only reads.
+//! privately. No preloaded library, no userfaultfd, and nothing private for a page that is only read.
 //!
-//! Facts about the kernel (FUSE on 6.18, observed), and what follows: TODO
+//! Facts about the kernel (FUSE, all observed on 6.18), and what follows:
+//!
+//! *Sharing.*
+//! - What the kernel has read of the file it keeps for everybody who maps it, over all openings
+//!   (`FOPEN_KEEP_CACHE`), in pages of 4 KiB: there are no large folios. A later fork costs what it
+//!   costs on tmpfs. A hole of the template is nobody's to read but ours, so clients need not trust
+//!   each other.
+//! - A page is in memory twice: in the template's file, charged to the server, and in the kernel's
+//!   cache of the mounted one, charged to the client that touched it first.
+//!
+//! *Writing.*
+//! - A `write` that we refuse has changed the cached page already, and everybody sees it. But before
+//!   each write, and before `fallocate`, the kernel asks for the attribute `security.capability` and
+//!   removes it; if that fails, so does the write, with nothing changed. So the file claims to have
+//!   that attribute (an empty one), and nobody can remove it.
+//! - A shared mapping of a file that is open for writing changes cached pages without asking, and
+//!   nothing prevents it (`FOPEN_DIRECT_IO` would, but then each private mapping empties the cache for
+//!   all). QEMU before 8.2 opens for writing even for a private mapping. So the write bits of the
+//!   mode say who may *open* for writing; without any nobody may, not even root. If somebody does
+//!   change a page, the kernel sends it to us sooner or later: nothing is served any more then.
+//! - QEMU punches holes where its guest gives memory back (balloon, free page reporting). That is
+//!   refused (EROFS), so QEMU says so on stderr and gives nothing back: the guest never finds content
+//!   of the template where it expects what it left there.
+//!
+//! *Reading ahead.*
+//! - How much the kernel reads around a fault is taken from the device's setting when the file is
+//!   *opened*: with 0 exactly the page touched. It does not give up after any number of misses.
+//! - In memory under `MADV_HUGEPAGE`, which is all of QEMU's, each fault reads 4 MiB, whatever the
+//!   setting. A fork that needed 6.5 MiB got 80.
+//! - Such *guesses* can be refused: the kernel asks for the page that it really needs then, alone.
+//!   Refused pages stay in the cache, empty, and are asked for one by one.
+//! - So: without a working set guesses are served, with the kernel's usual 128 KiB (a sandbox on a
+//!   store 2 ms away starts five times sooner with them). While demands are recorded guesses are
+//!   refused, and each opening makes the kernel forget what it has. When a working set is replayed on
+//!   a store that must be waited for, guesses are served only if their pages are here.
+//! - On later kernels a page alone may be part of a large folio, which is asked for as a whole: no
+//!   guess is refused twice.
+//! - `FUSE_NOTIFY_STORE` puts pages into the cache for 1.2 µs each, of any length, whatever the
+//!   setting, and no request comes of it. Reading our own file ahead (`POSIX_FADV_WILLNEED`) is as
+//!   fast, but takes 128 KiB at most, and comes back to us as requests. A store waits for requests
+//!   under way that concern its pages: it is made by a thread that none of them waits for.
+//!
+//! *Passing through* (Linux ≥ 6.9): the kernel can serve the file from another one without asking us.
+//! - It opens that file with the client's flags, and checks nothing: who may open for writing could
+//!   write it. Its view is through a mount that is read-only, and it is done only if the mode has no
+//!   write bits.
+//! - Cached and passed through at once is an I/O error: it is decided when mounting.
+//!
+//! *The server itself* must not map the file: a fault may hold what its threads need to answer.
+
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
-use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, SystemTime};
 
-use fuser::{BackingId, Config, Notifier, Session, SessionACL};
+use fuser::{BackingId, Config, Session, SessionACL};
 use rustix::event::{eventfd, poll, EventfdFlags, PollFd, PollFlags};
 use rustix::process::{getegid, geteuid};
 
@@ -20,7 +68,7 @@ use crate::page::Run;
 use crate::template::cache_file::Protection;
 use crate::template::replay::{Sink, Taken};
 use crate::template::Template;
-use file::{readonly_view, OneFile, Shared, FILE};
+use file::{readonly_view, OneFile, Shared};
 use place::{Mounted, Place};
 
 mod file;
@@ -32,8 +80,6 @@ pub const USUAL_READAHEAD: u64 = 128 << 10;
 pub const USUAL_NAME: &str = "memory";
 /// Threads that read requests.
 const THREADS: usize = 2;
-/// Pages handed to the kernel with one call.
-const PUSHED_AT_ONCE: u64 = 128;
 /// How long the end of a connection is waited for, which comes at once where it can be forced.
 const PATIENCE: Duration = Duration::from_secs(2);
 
@@ -104,6 +150,7 @@ struct Counters {
     reads: AtomicU64,
     bytes: AtomicU64,
     errors: AtomicU64,
+    refused_guesses: AtomicU64,
     latency: Histogram,
     pushes: AtomicU64,
     pushed_pages: AtomicU64,
@@ -130,6 +177,8 @@ pub struct Statistics {
     pub bytes: u64,
     /// Requests that were refused because a page could not be had.
     pub errors: u64,
+    /// Requests that were refused because nobody had demanded their pages.
+    pub refused_guesses: u64,
     /// From the moment a request was read until it was answered, microseconds: median.
     pub p50_us: f64,
     /// The time that 99 in 100 stay below.
@@ -149,8 +198,6 @@ pub struct Mount {
     mounted: Arc<Mounted>,
     plan: &'static str,
     reason: String,
-    /// Kept, so that the template brings pages into it that are fetched ahead.
-    sink: Option<Arc<dyn Sink>>,
     life: Arc<Life>,
     threads: Mutex<Vec<JoinHandle<()>>>,
 }
@@ -227,32 +274,18 @@ impl Mount {
             }
             Err(why) => ("cached", why),
         };
-        let notifier = session.notifier();
-        let _ = shared.notifier.set(notifier.clone());
         let mounted = Arc::new(new.put()?);
         if plan == "cached" {
-            shared.mounted(mounted.readahead_setting());
+            shared.mounted(mounted.readahead_setting(), session.notifier());
+            shared.template.add_sink(Arc::new(Pushed(Arc::downgrade(&shared))));
         }
-        let sink = (plan == "cached").then(|| {
-            let sink: Arc<dyn Sink> = Arc::new(Pushing { shared: Arc::clone(&shared), notifier });
-            shared.template.add_sink(&sink);
-            sink
-        });
         let life = Arc::new(Life {
             ended: Mutex::new(false),
             changed: Condvar::new(),
             wake: eventfd(0, EventfdFlags::CLOEXEC).map_err(|errno| failed(errno.into()))?,
             stopping: AtomicBool::new(false),
         });
-        let mount = Mount {
-            shared,
-            mounted,
-            plan,
-            reason,
-            sink,
-            life,
-            threads: Mutex::default(),
-        };
+        let mount = Mount { shared, mounted, plan, reason, life, threads: Mutex::default() };
         mount.run(session).map_err(failed)?;
         Ok(mount)
     }
@@ -287,9 +320,7 @@ impl Mount {
     /// and nobody will ask us. Waits for requests under way that concern them. A template does this
     /// by itself with what it fetches ahead.
     pub fn push(&self, run: Run) {
-        if let Some(sink) = &self.sink {
-            sink.put(run);
-        }
+        self.shared.push(run);
     }
 
     /// Counters, now.
@@ -305,6 +336,7 @@ impl Mount {
             reads: counters.reads.load(Relaxed),
             bytes: counters.bytes.load(Relaxed),
             errors: counters.errors.load(Relaxed),
+            refused_guesses: counters.refused_guesses.load(Relaxed),
             p50_us: counters.latency.quantile_us(0.5),
             p99_us: counters.latency.quantile_us(0.99),
             pushes: counters.pushes.load(Relaxed),
@@ -375,10 +407,8 @@ impl Life {
                 ));
                 return;
             }
-            let mut watched = [
-                PollFd::new(&self.wake, PollFlags::IN),
-                PollFd::new(&table, PollFlags::PRI),
-            ];
+            let mut watched =
+                [PollFd::new(&self.wake, PollFlags::IN), PollFd::new(&table, PollFlags::PRI)];
             // An error (EINTR) is an early look, nothing else.
             let _ = poll(&mut watched, None);
         }
@@ -387,36 +417,15 @@ impl Life {
 
 /// Where pages go that are fetched ahead: into the kernel's cache of the file.
 #[derive(Debug)]
-struct Pushing {
-    shared: Arc<Shared>,
-    notifier: Notifier,
-}
+struct Pushed(Weak<Shared>);
 
-impl Sink for Pushing {
+impl Sink for Pushed {
     fn put(&self, run: Run) -> Taken {
-        let mut at = run.start;
-        while at < run.end() {
-            if self.shared.stopped.load(Relaxed) {
-                return Taken::Over;
-            }
-            let rest = Run::between(at, run.end().min(at + PUSHED_AT_ONCE));
-            let part = self.shared.template.present_from(rest);
-            if part.pages == 0 {
-                at += 1;
-                continue;
-            }
-            match self.notifier.store(FILE, part.offset(), self.shared.present(part)) {
-                Ok(()) => {
-                    self.shared.counters.pushed_pages.fetch_add(part.pages, Relaxed);
-                }
-                // The kernel is short of memory, or the connection is gone.
-                Err(error) if error.raw_os_error() == Some(libc::ENOMEM) => return Taken::NotYet,
-                Err(_) => return Taken::Over,
-            }
-            at = part.end();
-        }
-        self.shared.counters.pushes.fetch_add(1, Relaxed);
-        Taken::All
+        self.0.upgrade().map_or(Taken::Over, |shared| shared.push(run))
+    }
+
+    fn is_over(&self) -> bool {
+        self.0.upgrade().is_none_or(|shared| shared.stopped.load(Relaxed))
     }
 }
 

@@ -132,13 +132,9 @@ impl Place {
 
     fn mount_by_helper(self, for_others: bool) -> Result<(New, OwnedFd)> {
         let failed = |error: io::Error| Error::kernel(format!("cannot run {HELPER}"), error);
-        let (ours, its) = socketpair(
-            AddressFamily::UNIX,
-            SocketType::STREAM,
-            SocketFlags::CLOEXEC,
-            None,
-        )
-        .map_err(|errno| failed(errno.into()))?;
+        let (ours, its) =
+            socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)
+                .map_err(|errno| failed(errno.into()))?;
         let mut options = format!("fsname={NAME},subtype={NAME},default_permissions,nosuid,nodev");
         if for_others {
             options.push_str(",allow_other");
@@ -161,7 +157,9 @@ impl Place {
         };
         let child = command.spawn().map_err(|error| match error.kind() {
             ErrorKind::NotFound => Error::Unsupported {
-                message: format!("only root may mount, and there is no {HELPER} to do it for others"),
+                message: format!(
+                    "only root may mount, and there is no {HELPER} to do it for others"
+                ),
                 hint: "run as root, or install fuse3".to_owned(),
             },
             _ => failed(error),
@@ -178,9 +176,11 @@ impl Place {
                     String::from_utf8_lossy(&said).trim().trim_start_matches("fusermount3: ")
                 ),
                 hint: match for_others {
-                    true => "a mount that others can use needs user_allow_other in /etc/fuse.conf; \
+                    true => {
+                        "a mount that others can use needs user_allow_other in /etc/fuse.conf; \
                              without a mode or an owner for others it does not"
-                        .to_owned(),
+                            .to_owned()
+                    }
                     false => "run as root, or mount on a directory of your own".to_owned(),
                 },
             }),
@@ -221,9 +221,8 @@ impl New {
     /// Puts it where it belongs, now that somebody answers.
     pub(super) fn put(self) -> Result<Mounted> {
         let New { place: Place(directory), detached } = self;
-        let failed = |errno: Errno| {
-            Error::kernel(format!("cannot mount on {}", directory.display()), errno)
-        };
+        let failed =
+            |errno: Errno| Error::kernel(format!("cannot mount on {}", directory.display()), errno);
         if let Some(mount) = &detached {
             let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
             move_mount(mount, c"", CWD, &directory, flags).map_err(failed)?;
