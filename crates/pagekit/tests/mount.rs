@@ -479,7 +479,7 @@ fn who_reads_what_was_pushed_asks_nobody() {
     mount.server.mount().unwrap().push(template.whole());
     client.is_right(template.whole());
     let statistics = mount.statistics();
-    assert_eq!((statistics.pushed_pages, statistics.reads), (700, 0));
+    assert_eq!((statistics.pushed_pages, statistics.reads, statistics.bytes), (700, 0, 0));
 }
 
 #[test]
