@@ -35,7 +35,7 @@ PATIENCE = 60.0
 """Seconds after which something that must happen has not."""
 
 # What a machine that is said to run the whole suite has.
-REQUIRED = {"userfaultfd", "root", "cc", "setpriv", "prlimit"}
+REQUIRED = {"userfaultfd", "fuse", "root", "cc", "setpriv", "prlimit"}
 
 
 def need(name: str, condition: object, reason: str) -> None:
