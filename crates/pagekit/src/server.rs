@@ -1,15 +1,17 @@
 //! A server: one template, one engine, and the ways in. What `pagekitd` and the Python face both are.
 
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
-pub use crate::client::door::Address;
 use crate::client::firecracker;
 use crate::client::shim::{plan, Listener, Plan};
 use crate::delivery::Delivery;
-use crate::engine::{self, Engine};
+pub use crate::door::Address;
+use crate::engine::{self, Engine, Target};
 use crate::error::{Error, Result};
+use crate::page::Run;
+use crate::template::replay::{Sink, Taken};
 use crate::template::{self, Template};
 
 /// The ways in: how clients get at the template. One at least.
@@ -27,6 +29,29 @@ impl Ways {
     /// The shim's socket alone.
     pub fn shim(address: impl Into<Address>, backend: &str) -> Ways {
         Ways { shim: Some(address.into()), backend: backend.to_owned(), ..Ways::default() }
+    }
+}
+
+/// A target that gets what is fetched ahead.
+#[derive(Debug)]
+struct Filled {
+    engine: Weak<Engine>,
+    target: Weak<Target>,
+}
+
+impl Sink for Filled {
+    fn put(&self, run: Run) -> Taken {
+        match (self.engine.upgrade(), self.target.upgrade()) {
+            (Some(engine), Some(target)) => match engine.install_ahead(&target, run).rest.pages {
+                0 => Taken::All,
+                _ => Taken::NotYet,
+            },
+            _ => Taken::Over,
+        }
+    }
+
+    fn is_over(&self) -> bool {
+        self.target.strong_count() == 0
     }
 }
 
@@ -71,6 +96,13 @@ impl Server {
             return Err(Error::usage("there is no way in", "give a socket"));
         }
         let engine = Arc::new(Engine::start()?);
+        let (filler, filled) = (Arc::downgrade(&engine), Arc::downgrade(&template));
+        engine.on_target(move |target| {
+            if let (true, Some(template)) = (target.can_be_filled(), filled.upgrade()) {
+                let (engine, target) = (Weak::clone(&filler), Arc::downgrade(target));
+                template.add_sink(Arc::new(Filled { engine, target }));
+            }
+        });
         let mut server = Server {
             shim: None,
             firecracker: None,

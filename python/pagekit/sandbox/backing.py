@@ -137,7 +137,7 @@ def choose(snapshot: Snapshot, wanted: str, socket: Path) -> Iterator[tuple[Back
             choice: tuple[Backing, str] = (Plain(), f"pages cannot be served here: {error}")
         else:
             plain = server.backend == "plain"
-            choice = (Plain() if plain else Served(server), server.reason)
+            choice = (Plain() if plain else Served(server), str(server.reason))
         yield choice
 
 

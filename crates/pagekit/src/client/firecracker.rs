@@ -25,8 +25,8 @@ use rustix::event::{eventfd, poll, EventfdFlags, PollFd, PollFlags, Timespec};
 use rustix::net::SocketType;
 use uffd::{passing, Errno, Features, Userfaultfd};
 
-use super::door::{open_pidfd, Address, Door, Peer, Visit};
 use crate::backend::copy::Copy;
+use crate::door::{open_pidfd, Address, Door, Peer, Visit};
 use crate::engine::region::RegionMap;
 use crate::engine::{kill, Engine, NewTarget, TargetId};
 use crate::error::{Error, Result};

@@ -2,10 +2,8 @@
 //!
 //! | client | what |
 //! |---|---|
-//! | [`door`] | the Unix sockets at which they come in |
 //! | [`firecracker`] | VMMs that send their userfaultfd: handshake, death |
 //! | [`shim`] | the preloaded library: attach, fork, death |
 
-pub mod door;
 pub mod firecracker;
 pub mod shim;
