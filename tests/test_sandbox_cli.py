@@ -42,14 +42,14 @@ def pagekit(place: Path, *arguments: object, status: int = 0) -> tuple[str, str]
         return support.ended(process, status)
 
 
-def children(owner: int) -> list[int]:
-    """The processes that must end with ``owner``, and have not."""
+def children(owner: int, place: Path) -> list[int]:
+    """The processes that must end with ``owner``, which runs in ``place``, and have not."""
     found = []
     for process in Path("/proc").iterdir():
         with suppress(OSError):
-            if f"PAGEKIT_OWNER={owner}".encode() in (process / "environ").read_bytes().split(b"\0"):
+            if f"TMPDIR={place}".encode() in (process / "environ").read_bytes().split(b"\0"):
                 found.append(int(process.name))
-    return found
+    return [pid for pid in found if pid != owner]
 
 
 def test_boot_forks(snapshot: Snapshot, place: Path) -> None:
@@ -119,23 +119,23 @@ def test_interrupted(number: int, backend: str, snapshot: Snapshot, place: Path)
     )
     with support.stopping(process):
         # As many run at once as there are processors.
-        support.until(lambda: children(process.pid), "forks run")
+        support.until(lambda: children(process.pid, place), "forks run")
         process.send_signal(number)
         started = time.monotonic()
         out, err = support.ended(process, 128 + number)
         assert time.monotonic() - started < 20
         assert not out
         assert "Traceback" not in err
-        assert not children(process.pid)
+        assert not children(process.pid, place)
 
 
 def test_interrupted_while_a_guest_boots(tmp_path: Path, guest: Any, place: Path) -> None:
     process = support.start([*PAGEKIT, "boot", "--save", tmp_path / "new"], {"TMPDIR": str(place)})
     with support.stopping(process):
-        support.until(lambda: children(process.pid), "the guest boots")
+        support.until(lambda: children(process.pid, place), "the guest boots")
         process.send_signal(signal.SIGINT)
         support.ended(process, 130)
-        assert not children(process.pid)
+        assert not children(process.pid, place)
     assert [path.name for path in tmp_path.iterdir()] == ["place"]
 
 
@@ -145,10 +145,10 @@ def test_killed(snapshot: Snapshot, place: Path) -> None:
         [*PAGEKIT, "boot", snapshot.directory, "--exec", "time.sleep(600)"], {"TMPDIR": str(place)}
     )
     with support.stopping(process):
-        support.until(lambda: children(process.pid), "a fork runs")
+        support.until(lambda: children(process.pid, place), "a fork runs")
         process.kill()
         process.wait()
-        support.until(lambda: not children(process.pid), "it ended")
+        support.until(lambda: not children(process.pid, place), "it ended")
     left = list(place.iterdir())
     assert left
     assert sorted(sweep(place)) == sorted(left)

@@ -385,14 +385,14 @@ def test_saving_without_space(size: str, snapshot: Snapshot, tmp_path: Path) -> 
 
 
 def test_choosing_a_backing(snapshot: Snapshot, run: Path) -> None:
-    with choose(snapshot, "auto", run / "socket") as (chosen, reason):
+    with choose(snapshot, "auto", run) as (chosen, reason):
         assert chosen.name == "plain"
         assert reason
-    with pytest.raises(UsageError, match="nonsense"), choose(snapshot, "nonsense", run / "socket"):
+    with pytest.raises(UsageError, match="nonsense"), choose(snapshot, "nonsense", run):
         pass
     support.need_userfaultfd()
     for name in ("share", "copy"):
-        with choose(snapshot, name, run / "socket") as (chosen, reason):
+        with choose(snapshot, name, run) as (chosen, reason):
             assert chosen.name == name
             with Qemu.fork(snapshot, chosen) as fork:
                 assert fork.exec(SUM).result == RIGHT
