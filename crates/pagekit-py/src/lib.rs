@@ -87,9 +87,9 @@ impl Template {
         Ok(PyBytes::new(py, &buffer))
     }
 
-    fn load(&self, py: Python<'_>) -> PyResult<()> {
+    fn load(&self, py: Python<'_>, request: u64, parallel: Option<usize>) -> PyResult<()> {
         let template = self.get()?;
-        py.detach(|| template.load()).map_err(|error| raised(py, &error))
+        py.detach(|| template.load(request, parallel)).map_err(|error| raised(py, &error))
     }
 
     fn audit(&self, py: Python<'_>) -> PyResult<()> {

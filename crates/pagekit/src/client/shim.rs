@@ -33,7 +33,7 @@ use crate::engine::region::RegionMap;
 use crate::engine::{Engine, NewTarget};
 use crate::error::{Error, Result};
 use crate::page::{Run, PAGE};
-use crate::template::{zero_parts, Template};
+use crate::template::{zero_parts, Template, USUAL_REQUEST};
 use crate::wire::{Mapping, Message, Wish, LARGEST, MOST_ZERO_RUNS};
 
 /// How long a client may be silent before it is served.
@@ -150,7 +150,7 @@ impl Listener {
         let failed =
             |error: io::Error| Error::kernel(format!("cannot listen at {}", path.display()), error);
         if plan == Plan::PlainLoaded {
-            template.load().map_err(|error| Error::Unavailable {
+            template.load(USUAL_REQUEST, None).map_err(|error| Error::Unavailable {
                 what: format!("cannot load {}", template.statistics().spec),
                 error: io::Error::other(error.to_string()),
             })?;

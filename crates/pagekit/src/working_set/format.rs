@@ -164,7 +164,7 @@ mod tests {
     use super::*;
 
     fn example() -> WorkingSet {
-        let demands: Vec<u64> = (0..400).map(|at| at * 7 % 1000).collect();
+        let demands: Vec<u64> = (0..150).map(|at| at / 3 * 7 % 1000 + at % 3).collect();
         WorkingSet::of_demands(Identity([3; 32]), 1000, &demands, &[999, 993])
     }
 
@@ -202,7 +202,7 @@ mod tests {
     fn lies_are_refused_or_harmless() {
         let bytes = example().encode();
         for at in 0..bytes.len() - HASH {
-            for value in 0..=255 {
+            for value in [0, 1, 2, 0x7f, 0x80, 0x81, 0xff, bytes[at] ^ 1, bytes[at] ^ 0x80] {
                 let mut changed = bytes.clone();
                 changed[at] = value;
                 let changed = sealed(changed);
