@@ -122,9 +122,7 @@ class Eager:
                     f"cannot load the memory of {snapshot.directory}: {error}",
                     hint="free some memory, or use a backing that needs less of it",
                 ) from error
-        return Prepared(
-            f"/dev/fd/{content}", True, {}, (content,), content
-        )
+        return Prepared(f"/dev/fd/{content}", True, {}, (content,), content)
 
 
 _WANTED = ("auto", "share", "copy", "mount", "plain")
