@@ -8,7 +8,8 @@ use std::time::Duration;
 
 use pagekit::delivery::Delivery;
 use pagekit::error::Error;
-use pagekit::{server, template};
+use pagekit::template::replay;
+use pagekit::{server, template, working_set};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
@@ -101,9 +102,132 @@ impl Template {
         Ok(serde_json::to_string(&self.get()?.statistics()).unwrap_or_default())
     }
 
+    fn record(&self, py: Python<'_>) -> PyResult<Recording> {
+        let template = self.get()?;
+        let recorder = py.detach(|| template.record()).map_err(|error| raised(py, &error))?;
+        Ok(Recording { template, recorder })
+    }
+
+    fn check(&self, py: Python<'_>, set: &WorkingSet) -> PyResult<()> {
+        let template = self.get()?;
+        let check = || set.0.check(template.identity()?, template.whole().pages);
+        py.detach(check).map_err(|error| raised(py, &error))
+    }
+
+    fn replay(
+        &self,
+        py: Python<'_>,
+        set: &WorkingSet,
+        rest: bool,
+        rate: Option<u64>,
+        parallel: Option<usize>,
+    ) -> PyResult<Replay> {
+        let template = self.get()?;
+        let options = replay::Options { rest, rate, parallel };
+        let replay = py.detach(|| template.replay(&set.0, options));
+        replay.map(Replay).map_err(|error| raised(py, &error))
+    }
+
     fn close(&self, py: Python<'_>) {
         let template = self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take();
-        py.detach(|| drop(template));
+        py.detach(|| {
+            if let Some(replay) = template.as_ref().and_then(|template| template.current_replay()) {
+                replay.cancel();
+            }
+            drop(template);
+        });
+    }
+}
+
+/// Runs as (first page, pages), phase by phase.
+type Phases = Vec<Vec<(u64, u64)>>;
+
+#[pyclass(frozen, module = "pagekit._core")]
+struct WorkingSet(working_set::WorkingSet);
+
+#[pymethods]
+impl WorkingSet {
+    #[staticmethod]
+    fn load(py: Python<'_>, path: PathBuf) -> PyResult<WorkingSet> {
+        let set = py.detach(|| working_set::WorkingSet::load(&path));
+        set.map(WorkingSet).map_err(|error| raised(py, &error))
+    }
+
+    fn save(&self, py: Python<'_>, path: PathBuf) -> PyResult<()> {
+        py.detach(|| self.0.save(&path)).map_err(|error| raised(py, &error))
+    }
+
+    fn union(&self, py: Python<'_>, other: &WorkingSet) -> PyResult<WorkingSet> {
+        self.0.union(&other.0).map(WorkingSet).map_err(|error| raised(py, &error))
+    }
+
+    fn equals(&self, other: &WorkingSet) -> bool {
+        self.0 == other.0
+    }
+
+    /// Identity, recordings, critical pages, pages.
+    fn described(&self) -> (String, u32, u64, u64) {
+        let set = &self.0;
+        (set.identity().to_string(), set.recordings(), set.critical_pages(), set.pages())
+    }
+
+    /// Critical phases, and others.
+    fn phases(&self) -> (Phases, Phases) {
+        let plain = |phases: &[Vec<pagekit::page::Run>]| {
+            let runs = phases.iter().map(|runs| runs.iter().map(|run| (run.start, run.pages)));
+            runs.map(Iterator::collect).collect()
+        };
+        (plain(self.0.critical()), plain(self.0.rest()))
+    }
+}
+
+#[pyclass(frozen, module = "pagekit._core")]
+struct Recording {
+    template: Arc<template::Template>,
+    recorder: Arc<working_set::Recorder>,
+}
+
+#[pymethods]
+impl Recording {
+    fn ready(&self) {
+        self.recorder.ready();
+    }
+
+    fn stop(&self) {
+        self.template.stop_recording();
+    }
+
+    fn working_set(&self, settle: Option<f64>, time: Option<f64>) -> PyResult<WorkingSet> {
+        let duration = |seconds| {
+            Duration::try_from_secs_f64(seconds)
+                .map_err(|error| PyValueError::new_err(error.to_string()))
+        };
+        let until = match (settle, time) {
+            (Some(settle), _) => working_set::Until::Settled(duration(settle)?),
+            (None, Some(time)) => working_set::Until::Time(duration(time)?),
+            (None, None) => working_set::Until::TheEnd,
+        };
+        Ok(WorkingSet(self.recorder.working_set(until)))
+    }
+}
+
+#[pyclass(frozen, module = "pagekit._core")]
+struct Replay(Arc<replay::Replay>);
+
+#[pymethods]
+impl Replay {
+    fn wait(&self, py: Python<'_>, seconds: f64) -> PyResult<bool> {
+        let time = Duration::try_from_secs_f64(seconds)
+            .map_err(|error| PyValueError::new_err(format!("timeout: {error}")))?;
+        py.detach(|| self.0.wait(time)).map_err(|error| raised(py, &error))
+    }
+
+    fn cancel(&self, py: Python<'_>) {
+        py.detach(|| self.0.cancel());
+    }
+
+    fn statistics(&self) -> String {
+        serde_json::to_string(&self.0.statistics()).unwrap_or_default()
     }
 }
 
@@ -182,6 +306,9 @@ fn probe() -> (Option<&'static str>, Vec<String>, bool, Option<String>, Option<S
 fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<Template>()?;
     module.add_class::<Server>()?;
+    module.add_class::<WorkingSet>()?;
+    module.add_class::<Recording>()?;
+    module.add_class::<Replay>()?;
     module.add_function(wrap_pyfunction!(probe, module)?)?;
     Ok(())
 }

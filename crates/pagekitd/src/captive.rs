@@ -10,6 +10,7 @@ use pagekit::error::{Error, Result};
 use pagekit::stack;
 
 use crate::options::Options;
+use crate::recording::Recording;
 use crate::signals::{unblock_all, Signals};
 
 /// A sparse file of the template's size, for the command to map; removed when dropped.
@@ -38,8 +39,13 @@ pub fn how_to_attach(options: &Options) -> String {
     )
 }
 
-/// Runs the command to its end, and gives its status. SIGINT and SIGTERM are passed on to it.
-pub fn run(options: &Options, signals: &Signals) -> Result<ExitCode> {
+/// Runs the command to its end, and gives its status. Signals are passed on to it, but for the one that
+/// is meant for a recording.
+pub fn run(
+    options: &Options,
+    signals: &Signals,
+    recording: Option<&Recording>,
+) -> Result<ExitCode> {
     let failed = |what: &str, error| Error::Kernel { what: what.to_owned(), error };
     let size = stack::open::<&str>(&options.spec, &[])?.capabilities().size;
     let mut path = options.socket.clone().into_os_string();
@@ -58,6 +64,9 @@ pub fn run(options: &Options, signals: &Signals) -> Result<ExitCode> {
                     let code = status.code().or(status.signal().map(|signal| 128 + signal));
                     return Ok(ExitCode::from(code.unwrap_or(1) as u8));
                 }
+            }
+            libc::SIGUSR1 if recording.is_some() => {
+                recording.into_iter().for_each(Recording::ready);
             }
             // SAFETY: kill(2) with the pid of a child that was not waited for yet.
             signal => unsafe {

@@ -6,7 +6,10 @@ use std::time::Duration;
 
 use lexopt::prelude::*;
 use pagekit::error::{Error, Result};
+use pagekit::server::{Address, Ways};
 use pagekit::stack;
+use pagekit::template::replay;
+use pagekit::working_set::Until;
 
 const HELP: &str = "\
 Serve a template's memory, page by page, to processes that preload the pagekit shim.
@@ -15,12 +18,26 @@ Usage: pagekitd SPEC --socket PATH [options] [--run CMD [ARG…]]
 
 SPEC is where the pages come from: file:PATH or zero:SIZE.
 
+Ways in:
+  --socket PATH     where programs attach that preload the shim
+
+Who may come in (only this user, unless):
+  --owner UID[:GID] give the sockets to the user (and group) that the programs run as
+  --mode OCTAL      mode of the sockets (default 600)
+  --allow UID       of those who can connect, let in only these users (repeatable)
+
+Working sets, so that pages are there before they are asked for:
+  --record FILE     record the pages demanded; united with FILE if that is there. Saved at the end,
+                    and at SIGUSR1, which also says that the sandbox is ready
+  --ready WHEN      what is demanded later is not critical: settle=TIME (after a pause that long;
+                    default settle=500ms), time=TIME (after the first demand), exit
+  --working-set FILE  fetch the critical pages of FILE ahead
+  --rest            and the others, into the template only
+  --rate RATE       so many bytes a second at most: 100MB/s
+
 Options:
-  --socket PATH     where programs attach; only this user can, unless:
-  --owner UID[:GID] give the socket to the user (and group) that the programs run as
-  --mode OCTAL      mode of the socket (default 600)
   --layer LAYER     wrap the source, outermost first: pass, stats, delay=2ms, fail=3 (repeatable)
-  --backend NAME    auto (default), share, copy, plain
+  --backend NAME    how programs with the shim get the memory: auto (default), share, copy, plain
   --deadline TIME   give a page up when its fetch still fails after this time (default 5s)
   --json            print one JSON object when ready and one with statistics at the end
   --shim PATH       the preloaded library, for --run
@@ -30,14 +47,15 @@ Options:
 
 Examples:
   pagekitd file:memory --socket /run/pk.sock
-  pagekitd file:memory --layer delay=2ms --socket pk.sock --run ./program {file}
+  pagekitd file:memory --socket pk.sock --record memory.pkws
+  pagekitd file:memory --layer delay=2ms,1GB/s,16 --socket pk.sock --run ./program {file}
 ";
 
 /// What the command line asks for.
 #[derive(Debug)]
 pub enum Asked {
     /// To serve.
-    Serve(Options),
+    Serve(Box<Options>),
     /// To print something.
     Text(String),
 }
@@ -50,11 +68,29 @@ pub struct Options {
     pub socket: PathBuf,
     pub owner: Option<(u32, Option<u32>)>,
     pub mode: u32,
+    pub allow: Vec<u32>,
+    pub record: Option<PathBuf>,
+    pub ready: Until,
+    pub working_set: Option<PathBuf>,
+    pub replay: replay::Options,
     pub backend: String,
     pub deadline: Duration,
     pub json: bool,
     pub shim: Option<PathBuf>,
     pub command: Vec<OsString>,
+}
+
+impl Options {
+    /// The ways in.
+    pub fn ways(&self) -> Ways {
+        let address = Address {
+            path: self.socket.clone(),
+            owner: self.owner,
+            mode: self.mode,
+            allow: self.allow.clone(),
+        };
+        Ways { shim: Some(address), backend: self.backend.clone() }
+    }
 }
 
 /// Reads the command line.
@@ -74,6 +110,11 @@ fn parse(mut parser: lexopt::Parser) -> Result<Asked, String> {
         socket: PathBuf::new(),
         owner: None,
         mode: 0o600,
+        allow: Vec::new(),
+        record: None,
+        ready: Until::Settled(Duration::from_millis(500)),
+        working_set: None,
+        replay: replay::Options::default(),
         backend: "auto".to_owned(),
         deadline: Duration::from_secs(5),
         json: false,
@@ -101,6 +142,24 @@ fn parse(mut parser: lexopt::Parser) -> Result<Asked, String> {
                 let mode = u32::from_str_radix(&value, 8).ok().filter(|mode| *mode <= 0o777);
                 options.mode = mode.ok_or(format!("{value:?} is no mode: 660"))?;
             }
+            Long("allow") => {
+                let value = string(&mut parser)?;
+                options.allow.push(value.parse().map_err(|_| format!("{value:?} is no user id"))?);
+            }
+            Long("record") => options.record = Some(parser.value().map_err(text)?.into()),
+            Long("ready") => {
+                let value = string(&mut parser)?;
+                let until = ready(&value);
+                options.ready = until
+                    .ok_or(format!("{value:?} is no moment: settle=500ms, time=10s or exit"))?;
+            }
+            Long("working-set") => options.working_set = Some(parser.value().map_err(text)?.into()),
+            Long("rest") => options.replay.rest = true,
+            Long("rate") => {
+                let value = string(&mut parser)?;
+                let rate = stack::rate(&value);
+                options.replay.rate = Some(rate.ok_or(format!("{value:?} is no rate: 100MB/s"))?);
+            }
             Long("layer") => options.layers.push(string(&mut parser)?),
             Long("backend") => options.backend = string(&mut parser)?,
             Long("json") => options.json = true,
@@ -122,7 +181,17 @@ fn parse(mut parser: lexopt::Parser) -> Result<Asked, String> {
     }
     options.spec = spec.ok_or("SPEC is missing: where do the pages come from?")?;
     options.socket = socket.ok_or("--socket is missing: where do programs attach?")?;
-    Ok(Asked::Serve(options))
+    Ok(Asked::Serve(Box::new(options)))
+}
+
+/// `settle=TIME`, `time=TIME` or `exit`.
+fn ready(text: &str) -> Option<Until> {
+    match text.split_once('=') {
+        Some(("settle", time)) => stack::time(time).map(Until::Settled),
+        Some(("time", time)) => stack::time(time).map(Until::Time),
+        None if text == "exit" => Some(Until::TheEnd),
+        _ => None,
+    }
 }
 
 /// `UID` or `UID:GID`, in numbers.

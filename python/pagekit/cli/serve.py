@@ -14,6 +14,17 @@ from ..client import server_program, shim_path
 @click.option("--socket", required=True, help="Where programs attach.")
 @click.option("--owner", metavar="UID[:GID]", help="Give the socket to this user (and group).")
 @click.option("--mode", metavar="OCTAL", help="Mode of the socket.  [default: 600]")
+@click.option("--allow", metavar="UID", multiple=True, help="Let in only these users.")
+@click.option("--record", metavar="FILE", help="Record the pages demanded, into a working set.")
+@click.option(
+    "--ready",
+    metavar="WHEN",
+    help="What is demanded later is not critical: settle=TIME, time=TIME, exit.  "
+    "[default: settle=500ms]",
+)
+@click.option("--working-set", metavar="FILE", help="Fetch the pages of a working set ahead.")
+@click.option("--rest", is_flag=True, help="Fetch those that are not critical, too.")
+@click.option("--rate", metavar="RATE", help="Fetch ahead at most so fast: 100MB/s.")
 @click.option("--layer", "layers", multiple=True, help="Wrap the source, outermost first.")
 @click.option(
     "--backend",
@@ -31,6 +42,12 @@ def command(
     socket: str,
     owner: str | None,
     mode: str | None,
+    allow: tuple[str, ...],
+    record: str | None,
+    ready: str | None,
+    working_set: str | None,
+    rest: bool,
+    rate: str | None,
     layers: tuple[str, ...],
     backend: str,
     deadline: str,
@@ -41,22 +58,35 @@ def command(
     """Serve the memory SPEC, page by page, to programs that preload the shim.
 
     SPEC is where the pages come from: file:PATH or zero:SIZE. Layers are pass, stats, delay=TIME,
-    fail=N. In COMMAND, {file} stands for the file to map.
+    fail=N. In COMMAND, {file} stands for the file to map. A recording is saved at the end, and at
+    SIGUSR1, which says that the sandbox is ready.
 
     \b
     Examples:
       pagekit serve file:memory --socket /run/pk.sock
+      pagekit serve file:memory --socket pk.sock --record memory.pkws
+      pagekit serve file:memory --socket pk.sock --working-set memory.pkws
       pagekit serve file:memory --layer delay=2ms --socket pk.sock --run -- ./program {file}
     """
     if captive != bool(command_line):
         raise click.UsageError("--run and a command after -- belong together")
     program = str(server_program())
     arguments = [program, spec, "--socket", socket, "--backend", backend, "--deadline", deadline]
-    for option, value in (("--owner", owner), ("--mode", mode)):
+    for option, value in (
+        ("--owner", owner),
+        ("--mode", mode),
+        ("--record", record),
+        ("--ready", ready),
+        ("--working-set", working_set),
+        ("--rate", rate),
+    ):
         if value is not None:
             arguments += [option, value]
-    for layer in layers:
-        arguments += ["--layer", layer]
+    for option, values in (("--allow", allow), ("--layer", layers)):
+        for value in values:
+            arguments += [option, value]
+    if rest:
+        arguments.append("--rest")
     arguments += ["--shim", str(shim_path())]
     if as_json:
         arguments.append("--json")
