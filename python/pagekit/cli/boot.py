@@ -159,10 +159,11 @@ def _fork(
     """Boot forks, have each run the code, print what came of it, and raise the first error."""
     name = uuid.uuid4().hex[:8]
     names = [f"{name}-{number}" for number in range(1, count + 1)]
-    wanted = {"working_set": working_set, "recording": record is not None}
     with (
         RunDirectory() as run,
-        choose(snapshot, backend, run.path, **wanted) as (backing, reason),
+        choose(
+            snapshot, backend, run.path, working_set=working_set, recording=record is not None
+        ) as (backing, reason),
         _recording(backing, record),
         Progress() as progress,
         Fleet(snapshot, backing) as fleet,

@@ -75,8 +75,7 @@ class Served:
 
     def prepare(self, snapshot: Snapshot, run: Path) -> Prepared:
         stub = _stub(snapshot, run)
-        environment = self.server.environment(stub, backend=self.name)
-        return Prepared(str(stub), False, environment)
+        return Prepared(str(stub), False, self.server.environment(stub))
 
 
 @dataclass(frozen=True)

@@ -2,15 +2,15 @@
 
 What is known, and what follows:
 
-- A process can ask the kernel for a signal when its parent ends (PR_SET_PDEATHSIG). But the parent is
-  the *thread* that made it, and forks are made by threads that end before them.
-- A process that is asked to tell somebody of a child just made may be killed before it has told.
+- A process can ask the kernel for a signal when its parent ends (PR_SET_PDEATHSIG). But the parent
+  is the *thread* that made it, and forks are made by threads that end before them.
+- A process that is to tell somebody of a child just made may be killed before it has told.
 
-So nobody is told anything. Children are put into the process group of the warden, which does nothing
-but read from a socket whose other end we alone hold, and at its end kills its group. No child can be
-missed: one that is being made has a copy of our end, like of every descriptor of ours, and closes
-it only after it has joined the group. (So does :mod:`subprocess`: it sets the group first, closes
-descriptors last, then runs the program.)
+So nobody is told anything. Children are put into the process group of the warden, which does
+nothing but read from a socket whose other end we alone hold, and at its end kills its group. No
+child can be missed: one that is being made has a copy of our end, like of every descriptor of ours,
+and closes it only after it has joined the group. (So does :mod:`subprocess`: it sets the group
+first, closes descriptors last, then runs the program.)
 
 A forked copy of this process must not keep the warden waiting: it closes its copy of our end, and
 gets a warden of its own when it makes children.

@@ -24,7 +24,6 @@ import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from statistics import median
 
 import pagekit
 
@@ -282,8 +281,3 @@ class _Experiment:
             prefetched_bytes=sum(int(ahead.statistics()["bytes"]) for ahead in replays),
             wasted_bytes=max(0, moved - needed),
         )
-
-
-def first_ready_s(samples: list[Sample]) -> float:
-    """The median over samples of the time to the first right answer."""
-    return median(sample.ready_s[0] for sample in samples)

@@ -1,7 +1,7 @@
 """What guests are asked in a comparison, and whether they answer right.
 
-The code that runs in a guest is run here too, on a copy of the guest's ``data``: the answers have to
-be the same.
+The code that runs in a guest is run here too, on a copy of the guest's ``data``: the answers have
+to be the same.
 """
 
 from __future__ import annotations
