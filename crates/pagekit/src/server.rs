@@ -4,9 +4,9 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-pub use crate::client::door::Address;
 use crate::client::shim::{plan, Listener, Plan};
 use crate::delivery::Delivery;
+pub use crate::door::Address;
 use crate::engine::{self, Engine};
 use crate::error::{Error, Result};
 use crate::template::{self, Template};

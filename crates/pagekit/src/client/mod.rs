@@ -2,8 +2,6 @@
 //!
 //! | client | what |
 //! |---|---|
-//! | [`door`] | the Unix sockets at which they come in |
 //! | [`shim`] | the preloaded library: attach, fork, death |
 
-pub mod door;
 pub mod shim;

@@ -26,9 +26,9 @@ use rustix::event::{eventfd, poll, EventfdFlags, PollFd, PollFlags, Timespec};
 use rustix::net::SocketType;
 use uffd::{passing, Features, Userfaultfd};
 
-use super::door::{open_pidfd, Address, Door, Peer, Visit};
 use crate::backend::{copy::Copy, share::Share, Backend};
 use crate::delivery::Delivery;
+use crate::door::{open_pidfd, Address, Door, Peer, Visit};
 use crate::engine::region::RegionMap;
 use crate::engine::{Engine, NewTarget};
 use crate::error::{Error, Result};
