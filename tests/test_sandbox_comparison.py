@@ -214,6 +214,6 @@ def test_goals_that_are_missed_are_said_to_be() -> None:
     }
     said = goals.said(ratios(result))
     assert said.count("MISSED") == 2
-    assert "2.00 times sooner than eager (the goal is 3 at least: MISSED)" in said
+    assert "2.00 times sooner than eager (the goal is at least 3: MISSED)" in said
     assert said in " ".join(written(result).split())
     assert {goal.ratio for goal in goals.GOALS} == set(met) <= set(ratios(result))

@@ -22,7 +22,7 @@ def ms_range(seconds: Sequence[float]) -> str:
 
 def short(value: float) -> str:
     """A number as a table has it."""
-    return f"{value:.1f}" if 0 < value < 10 else f"{value:.0f}"
+    return f"{value:.1f}" if 0 < value < 10 and value != int(value) else f"{value:.0f}"
 
 
 def medians(groups: Sequence[Sequence[Any]], value: Callable[[Any], float]) -> list[str]:

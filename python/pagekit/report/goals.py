@@ -69,8 +69,9 @@ def as_json(ratios: dict[str, float]) -> list[dict[str, Any]]:
 def said(ratios: dict[str, float]) -> str:
     """The same in words."""
     parts = [
-        f"{goal.words.format(f'{value:.2f}')} (the goal is {goal.limit:g} at "
-        f"{'least' if goal.least else 'most'}: {'met' if goal.met(value) else 'MISSED'})"
+        f"{goal.words.format(f'{value:.2f}')} (the goal is at "
+        f"{'least' if goal.least else 'most'} {goal.limit:g}: "
+        f"{'met' if goal.met(value) else 'MISSED'})"
         for goal, value in _measured(ratios)
     ]
     # A part that goes on begins with a small letter.

@@ -168,7 +168,7 @@ def choose(
                 template.replay(working_set)
             if wanted == "mount":
                 directory = run / "mount"
-                directory.mkdir()
+                directory.mkdir(exist_ok=True)
                 server = pagekit.Server(template, mount=directory)
             else:
                 server = pagekit.Server(template, run / "socket", backend=backend)

@@ -165,9 +165,10 @@ def measure(setting: Setting, samples: int) -> Remote:
 
     Args:
         setting: where.
-        samples: how many starts of one fork; of many forks at once it is a third of that.
+        samples: how many there are where starts are quick: two thirds of that, of one fork, and a
+            third, of many forks at once.
     """
-    return _Experiment(setting).run(samples)
+    return _Experiment(setting).run(one=-(-samples * 2 // 3), many=-(-samples // 3))
 
 
 class _Experiment:
@@ -179,7 +180,7 @@ class _Experiment:
         self._one = [some_pages(MEASURED)]
         self._many = [some_pages(_MANY + number) for number in range(setting.forks)]
 
-    def run(self, samples: int) -> Remote:
+    def run(self, one: int, many: int) -> Remote:
         setting, result = self._setting, self._result
         snapshot = self._snapshot()
         self._record(snapshot)
@@ -187,13 +188,13 @@ class _Experiment:
             setting.told(f"trying sizes of an eager request: {size >> 10} KiB", 0, 1)
             result.eager_tried[size] = self._load(snapshot, size)
 
-        order = [arm for arm in ARMS for _ in range(samples)]
+        order = [arm for arm in ARMS for _ in range(one)]
         random.shuffle(order)
         for step, arm in enumerate(order):
             setting.told(f"one start at a time, from afar: {arm}", step, len(order))
             sample = self._sample(arm, snapshot, self._one, result.needed_bytes)
             result.arms[arm].one.append(sample)
-        order = [arm for arm in ARMS for _ in range(-(-samples // 3))]
+        order = [arm for arm in ARMS for _ in range(many)]
         random.shuffle(order)
         for step, arm in enumerate(order):
             setting.told(f"{setting.forks} forks at once, from afar: {arm}", step, len(order))
