@@ -71,8 +71,8 @@ def as_table(result: Remote, forks: int) -> RenderableType:
         title=f"A larger guest, forked from a store far away: {_store()}",
         title_justify="left",
         caption=f"Medians of {counts} of each kind, in random order; of {forks}, "
-        "as many are being started at a time as there are processors. eager: everything is fetched, "
-        "then forks map it. lazy: pages are fetched when they are demanded. replay: those that "
+        "as many are being started at a time as there are processors. eager: everything is "
+        "fetched, then forks map it. lazy: pages are fetched when they are demanded. replay: those that "
         "other requests demanded are fetched ahead.",
         caption_justify="left",
     )
