@@ -1,6 +1,8 @@
 """The engine in Rust. Private: `pagekit.Template` and `pagekit.Server` are its public face."""
 
 from os import PathLike
+from pathlib import Path
+from typing import TypedDict
 
 class Template:
     def __init__(self, spec: str, layers: list[str], deadline: float) -> None: ...
@@ -16,16 +18,17 @@ class Template:
     def statistics(self) -> str: ...
     def close(self) -> None: ...
 
+class Ways(TypedDict):
+    socket: Path | None
+    firecracker: list[Path]
+    backend: str
+    owner: tuple[int, int | None] | None
+    mode: int
+    allow: list[int]
+
 class Server:
-    def __init__(
-        self,
-        template: Template,
-        socket: str | PathLike[str],
-        backend: str,
-        owner: tuple[int, int | None] | None,
-        mode: int,
-    ) -> None: ...
-    def backend(self) -> tuple[str, str]: ...
+    def __init__(self, template: Template, ways: Ways) -> None: ...
+    def backend(self) -> tuple[str, str] | None: ...
     def statistics(self) -> str: ...
     def wait_idle(self, seconds: float) -> bool: ...
     def close(self) -> None: ...

@@ -231,6 +231,18 @@ impl Replay {
     }
 }
 
+/// A dictionary of what [`server::Ways`] has.
+#[derive(FromPyObject)]
+#[pyo3(from_item_all)]
+struct Ways {
+    socket: Option<PathBuf>,
+    firecracker: Vec<PathBuf>,
+    backend: String,
+    owner: Option<(u32, Option<u32>)>,
+    mode: u32,
+    allow: Vec<u32>,
+}
+
 #[pyclass(frozen, module = "pagekit._core")]
 struct Server(std::sync::Mutex<Option<Arc<server::Server>>>);
 
@@ -244,27 +256,24 @@ impl Server {
 #[pymethods]
 impl Server {
     #[new]
-    fn new(
-        py: Python<'_>,
-        template: &Template,
-        socket: PathBuf,
-        backend: &str,
-        owner: Option<(u32, Option<u32>)>,
-        mode: u32,
-    ) -> PyResult<Server> {
+    fn new(py: Python<'_>, template: &Template, ways: Ways) -> PyResult<Server> {
         let template = template.get()?;
-        let socket = server::Address { path: socket, owner, mode, allow: vec![] };
-        let ways = server::Ways { shim: Some(socket), backend: backend.to_owned() };
+        let Ways { socket, firecracker, backend, owner, mode, allow } = ways;
+        let address = |path| server::Address { path, owner, mode, allow: allow.clone() };
+        let ways = server::Ways {
+            shim: socket.map(address),
+            firecracker: firecracker.into_iter().map(address).collect(),
+            backend,
+        };
         let server = py
             .detach(|| server::Server::start(template, delivery(), ways))
             .map_err(|error| raised(py, &error))?;
         Ok(Server(std::sync::Mutex::new(Some(Arc::new(server)))))
     }
 
-    fn backend(&self) -> PyResult<(&'static str, String)> {
+    fn backend(&self) -> PyResult<Option<(&'static str, String)>> {
         let server = self.get()?;
-        let (backend, reason) = server.backend().unwrap_or_default();
-        Ok((backend, reason.to_owned()))
+        Ok(server.backend().map(|(backend, reason)| (backend, reason.to_owned())))
     }
 
     fn statistics(&self) -> PyResult<String> {

@@ -214,6 +214,10 @@ impl Sink for Hesitant {
         self.taken.lock().unwrap().push(run);
         Taken::All
     }
+
+    fn is_over(&self) -> bool {
+        false
+    }
 }
 
 #[test]
@@ -222,13 +226,11 @@ fn sinks_get_every_critical_page_whenever_they_come() {
     let critical: Vec<u64> = (0..1000).collect();
     let set = recorded(&template, &critical, &[1500, 1501]);
     let early = Arc::new(Hesitant::default());
-    let as_sink: Arc<dyn Sink> = Arc::clone(&early) as _;
-    template.add_sink(&as_sink);
+    template.add_sink(Arc::clone(&early) as _);
     let replay = replay(&template, &set, Options { rest: true, ..Options::default() });
     assert!(replay.wait(PATIENCE).unwrap());
     let late = Arc::new(Hesitant::default());
-    let as_sink: Arc<dyn Sink> = Arc::clone(&late) as _;
-    template.add_sink(&as_sink);
+    template.add_sink(Arc::clone(&late) as _);
     for sink in [early, late] {
         let pages = || sink.taken.lock().unwrap().iter().map(|run| run.pages).sum::<u64>();
         until("all critical pages were taken", || pages() == 1000);

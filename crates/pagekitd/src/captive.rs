@@ -31,11 +31,11 @@ impl Drop for Stub {
 }
 
 /// The command that attaches a program by hand.
-pub fn how_to_attach(options: &Options) -> String {
+pub fn how_to_attach(options: &Options, socket: &Path) -> String {
     format!(
         "truncate -s SIZE stub; LD_PRELOAD={} PAGEKIT_FILE=stub PAGEKIT_SOCKET={} ./program stub",
         shim(options).display(),
-        options.socket.display()
+        socket.display()
     )
 }
 
@@ -43,16 +43,17 @@ pub fn how_to_attach(options: &Options) -> String {
 /// is meant for a recording.
 pub fn run(
     options: &Options,
+    socket: &Path,
     signals: &Signals,
     recording: Option<&Recording>,
 ) -> Result<ExitCode> {
     let failed = |what: &str, error| Error::Kernel { what: what.to_owned(), error };
     let size = stack::open::<&str>(&options.spec, &[])?.capabilities().size;
-    let mut path = options.socket.clone().into_os_string();
+    let mut path = socket.as_os_str().to_owned();
     path.push(".stub");
     let stub = Stub::create(path.into(), size)
         .map_err(|error| failed("cannot make the file for the command to map", error))?;
-    let mut child = start(options, &stub.0)?;
+    let mut child = start(options, socket, &stub.0)?;
     loop {
         match signals.wait() {
             libc::SIGCHLD => {
@@ -76,7 +77,7 @@ pub fn run(
     }
 }
 
-fn start(options: &Options, stub: &Path) -> Result<Child> {
+fn start(options: &Options, socket: &Path, stub: &Path) -> Result<Child> {
     let (program, arguments) = options
         .command
         .split_first()
@@ -92,7 +93,7 @@ fn start(options: &Options, stub: &Path) -> Result<Child> {
     command
         .env("LD_PRELOAD", shim(options))
         .env("PAGEKIT_FILE", stub)
-        .env("PAGEKIT_SOCKET", &options.socket)
+        .env("PAGEKIT_SOCKET", socket)
         .env("PAGEKIT_OWNER", std::process::id().to_string());
     // SAFETY: only calls that are allowed between fork and exec.
     unsafe {

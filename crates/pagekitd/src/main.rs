@@ -58,12 +58,12 @@ fn serve(options: &Options) -> Result<ExitCode> {
     }
     let server = Server::start(template, delivery, options.ways())?;
     announce(options, &server);
-    let code = match options.command.is_empty() {
-        true => {
+    let code = match (&options.socket, options.command.is_empty()) {
+        (Some(socket), false) => captive::run(options, socket, &signals, recording.as_ref())?,
+        _ => {
             wait_for_end(&signals, recording.as_ref());
             ExitCode::SUCCESS
         }
-        false => captive::run(options, &signals, recording.as_ref())?,
     };
     if !options.command.is_empty() {
         // Its exit reaches the engine by another way than it reached us.
@@ -99,15 +99,18 @@ fn announce(options: &Options, server: &Server) {
         eprintln!("pagekit: serving {} at {}", options.spec, socket.display());
         eprintln!("pagekit: backend {backend}: {reason}");
     }
+    for socket in server.firecracker() {
+        eprintln!("pagekit: serving {} to Firecracker at {}", options.spec, socket.display());
+    }
     if options.json {
         let (backend, reason) = server.backend().unzip();
         let ready = serde_json::json!({
-            "ready": true, "socket": server.socket(), "backend": backend, "reason": reason,
+            "ready": true, "socket": server.socket(), "firecracker": server.firecracker(), "backend": backend, "reason": reason,
             "size": server.template().size(),
         });
         println!("{ready}");
-    } else if options.command.is_empty() && server.socket().is_some() {
-        eprintln!("hint: {}", captive::how_to_attach(options));
+    } else if let (true, Some(socket)) = (options.command.is_empty(), server.socket()) {
+        eprintln!("hint: {}", captive::how_to_attach(options, socket));
     }
 }
 

@@ -12,14 +12,16 @@ use pagekit::template::replay;
 use pagekit::working_set::Until;
 
 const HELP: &str = "\
-Serve a template's memory, page by page, to processes that preload the pagekit shim.
+Serve a template's memory, page by page, to VMMs and other programs.
 
-Usage: pagekitd SPEC --socket PATH [options] [--run CMD [ARG…]]
+Usage: pagekitd SPEC [ways in] [options] [--run CMD [ARG…]]
 
 SPEC is where the pages come from: file:PATH or zero:SIZE.
 
-Ways in:
+Ways in, one at least:
   --socket PATH     where programs attach that preload the shim
+  --firecracker PATH  where Firecracker connects, any number of them (repeatable: one for each, if
+                    they must not meet)
 
 Who may come in (only this user, unless):
   --owner UID[:GID] give the sockets to the user (and group) that the programs run as
@@ -47,6 +49,7 @@ Options:
 
 Examples:
   pagekitd file:memory --socket /run/pk.sock
+  pagekitd file:memory --firecracker /run/fc.sock --owner 1000 --working-set memory.pkws
   pagekitd file:memory --socket pk.sock --record memory.pkws
   pagekitd file:memory --layer delay=2ms,1GB/s,16 --socket pk.sock --run ./program {file}
 ";
@@ -65,7 +68,8 @@ pub enum Asked {
 pub struct Options {
     pub spec: String,
     pub layers: Vec<String>,
-    pub socket: PathBuf,
+    pub socket: Option<PathBuf>,
+    pub firecracker: Vec<PathBuf>,
     pub owner: Option<(u32, Option<u32>)>,
     pub mode: u32,
     pub allow: Vec<u32>,
@@ -83,13 +87,17 @@ pub struct Options {
 impl Options {
     /// The ways in.
     pub fn ways(&self) -> Ways {
-        let address = Address {
-            path: self.socket.clone(),
+        let address = |path: &PathBuf| Address {
+            path: path.clone(),
             owner: self.owner,
             mode: self.mode,
             allow: self.allow.clone(),
         };
-        Ways { shim: Some(address), backend: self.backend.clone() }
+        Ways {
+            shim: self.socket.as_ref().map(address),
+            firecracker: self.firecracker.iter().map(address).collect(),
+            backend: self.backend.clone(),
+        }
     }
 }
 
@@ -103,11 +111,11 @@ pub fn read() -> Result<Asked> {
 
 fn parse(mut parser: lexopt::Parser) -> Result<Asked, String> {
     let mut spec = None;
-    let mut socket = None;
     let mut options = Options {
         spec: String::new(),
         layers: Vec::new(),
-        socket: PathBuf::new(),
+        socket: None,
+        firecracker: Vec::new(),
         owner: None,
         mode: 0o600,
         allow: Vec::new(),
@@ -130,7 +138,8 @@ fn parse(mut parser: lexopt::Parser) -> Result<Asked, String> {
             Long("version") => {
                 return Ok(Asked::Text(format!("pagekitd {}\n", env!("CARGO_PKG_VERSION"))))
             }
-            Long("socket") => socket = Some(PathBuf::from(parser.value().map_err(text)?)),
+            Long("socket") => options.socket = Some(parser.value().map_err(text)?.into()),
+            Long("firecracker") => options.firecracker.push(parser.value().map_err(text)?.into()),
             Long("owner") => {
                 let value = string(&mut parser)?;
                 let known = owner(&value);
@@ -180,7 +189,12 @@ fn parse(mut parser: lexopt::Parser) -> Result<Asked, String> {
         }
     }
     options.spec = spec.ok_or("SPEC is missing: where do the pages come from?")?;
-    options.socket = socket.ok_or("--socket is missing: where do programs attach?")?;
+    if options.socket.is_none() && options.firecracker.is_empty() {
+        return Err("there is no way in: give --socket or --firecracker".to_owned());
+    }
+    if !options.command.is_empty() && options.socket.is_none() {
+        return Err("--run needs --socket, where the command attaches".to_owned());
+    }
     Ok(Asked::Serve(Box::new(options)))
 }
 

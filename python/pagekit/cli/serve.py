@@ -11,7 +11,10 @@ from ..client import server_program, shim_path
 
 @click.command(name="serve")
 @click.argument("spec")
-@click.option("--socket", required=True, help="Where programs attach.")
+@click.option("--socket", help="Where programs attach that preload the shim.")
+@click.option(
+    "--firecracker", metavar="PATH", multiple=True, help="Where Firecracker connects; repeatable."
+)
 @click.option("--owner", metavar="UID[:GID]", help="Give the socket to this user (and group).")
 @click.option("--mode", metavar="OCTAL", help="Mode of the socket.  [default: 600]")
 @click.option("--allow", metavar="UID", multiple=True, help="Let in only these users.")
@@ -39,7 +42,8 @@ from ..client import server_program, shim_path
 @click.argument("command_line", metavar="[COMMAND]...", nargs=-1, type=click.UNPROCESSED)
 def command(
     spec: str,
-    socket: str,
+    socket: str | None,
+    firecracker: tuple[str, ...],
     owner: str | None,
     mode: str | None,
     allow: tuple[str, ...],
@@ -55,7 +59,7 @@ def command(
     captive: bool,
     command_line: tuple[str, ...],
 ) -> None:
-    """Serve the memory SPEC, page by page, to programs that preload the shim.
+    """Serve the memory SPEC, page by page, to VMMs and other programs.
 
     SPEC is where the pages come from: file:PATH or zero:SIZE. Layers are pass, stats, delay=TIME,
     fail=N. In COMMAND, {file} stands for the file to map. A recording is saved at the end, and at
@@ -64,6 +68,7 @@ def command(
     \b
     Examples:
       pagekit serve file:memory --socket /run/pk.sock
+      pagekit serve file:memory --firecracker /run/fc.sock --owner 1000
       pagekit serve file:memory --socket pk.sock --record memory.pkws
       pagekit serve file:memory --socket pk.sock --working-set memory.pkws
       pagekit serve file:memory --layer delay=2ms --socket pk.sock --run -- ./program {file}
@@ -71,8 +76,9 @@ def command(
     if captive != bool(command_line):
         raise click.UsageError("--run and a command after -- belong together")
     program = str(server_program())
-    arguments = [program, spec, "--socket", socket, "--backend", backend, "--deadline", deadline]
+    arguments = [program, spec, "--backend", backend, "--deadline", deadline]
     for option, value in (
+        ("--socket", socket),
         ("--owner", owner),
         ("--mode", mode),
         ("--record", record),
@@ -82,7 +88,7 @@ def command(
     ):
         if value is not None:
             arguments += [option, value]
-    for option, values in (("--allow", allow), ("--layer", layers)):
+    for option, values in (("--firecracker", firecracker), ("--allow", allow), ("--layer", layers)):
         for value in values:
             arguments += [option, value]
     if rest:

@@ -72,8 +72,8 @@ def as_table(result: Remote, forks: int) -> RenderableType:
         title_justify="left",
         caption=f"Medians of {counts} of each kind, in random order; of {forks}, "
         "as many are being started at a time as there are processors. eager: everything is "
-        "fetched, then forks map it. lazy: pages are fetched when they are demanded. replay: those that "
-        "other requests demanded are fetched ahead.",
+        "fetched, then forks map it. lazy: pages are fetched when they are demanded. replay: "
+        "those that other requests demanded are fetched ahead.",
         caption_justify="left",
     )
     table.add_column("", no_wrap=True, min_width=26)

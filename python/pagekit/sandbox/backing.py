@@ -181,9 +181,9 @@ def choose(
             if wanted == "mount":
                 choice = (Mounted(server), "asked for")
             elif server.backend == "plain":
-                choice = (Plain(), server.reason)
+                choice = (Plain(), str(server.reason))
             else:
-                choice = (Served(server), server.reason)
+                choice = (Served(server), str(server.reason))
         yield choice
 
 

@@ -2,6 +2,8 @@
 //!
 //! | client | what |
 //! |---|---|
+//! | [`firecracker`] | VMMs that send their userfaultfd: handshake, death |
 //! | [`shim`] | the preloaded library: attach, fork, death |
 
+pub mod firecracker;
 pub mod shim;

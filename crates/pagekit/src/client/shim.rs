@@ -1,4 +1,4 @@
-//! The server's side of the shim: a socket at which preloaded programs attach (see [`crate::wire`]).
+//! The server's side of the shim: a socket at which preloaded programs attach (see [`crate::wire::shim`]).
 //!
 //! Some facts, and what follows:
 //! - A userfaultfd gives no hang-up when its owner dies, and none on exec. `SO_PEERCRED` names the
@@ -34,7 +34,7 @@ use crate::engine::{Engine, NewTarget};
 use crate::error::{Error, Result};
 use crate::page::{Run, PAGE};
 use crate::template::{zero_parts, Template, USUAL_REQUEST};
-use crate::wire::{Mapping, Message, Wish, LARGEST, MOST_ZERO_RUNS};
+use crate::wire::shim::{Mapping, Message, Wish, LARGEST, MOST_ZERO_RUNS};
 
 /// How long a client may be silent before it is served.
 const SILENCE: Duration = Duration::from_secs(10);
@@ -402,6 +402,7 @@ impl Service {
             regions: RegionMap::new(start, run),
             beacon,
             page_size: PAGE,
+            connection: None,
         };
         self.engine.add(new).map(|target| target.id).map_err(|error| error.to_string())
     }

@@ -27,7 +27,7 @@ use std::sync::atomic::{
     AtomicBool, AtomicU64, AtomicUsize,
     Ordering::{AcqRel, Relaxed},
 };
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use crate::delivery::Delivery;
@@ -89,7 +89,7 @@ pub struct Template {
 #[derive(Debug, Default)]
 struct Ahead {
     replay: Option<Arc<Replay>>,
-    sinks: Vec<Weak<dyn Sink>>,
+    sinks: Vec<Arc<dyn Sink>>,
 }
 
 /// What a template counts.
@@ -350,10 +350,9 @@ impl Template {
         let replay = Replay::start(self, set, options)?;
         let (before, sinks) = {
             let mut ahead = self.lock_ahead();
-            ahead.sinks.retain(|sink| sink.strong_count() > 0);
             (ahead.replay.replace(Arc::clone(&replay)), ahead.sinks.clone())
         };
-        sinks.iter().filter_map(Weak::upgrade).for_each(|sink| replay.fill(sink));
+        sinks.into_iter().for_each(|sink| replay.fill(sink));
         if let Some(before) = before {
             before.cancel();
         }
@@ -365,16 +364,16 @@ impl Template {
         self.lock_ahead().replay.clone()
     }
 
-    /// Brings pages that are fetched ahead into `sink` too, as long as somebody else keeps it.
-    pub fn add_sink(&self, sink: &Arc<dyn Sink>) {
+    /// Brings pages that are fetched ahead into `sink` too, until it says that it is over.
+    pub fn add_sink(&self, sink: Arc<dyn Sink>) {
         let replay = {
             let mut ahead = self.lock_ahead();
-            ahead.sinks.retain(|sink| sink.strong_count() > 0);
-            ahead.sinks.push(Arc::downgrade(sink));
+            ahead.sinks.retain(|sink| !sink.is_over());
+            ahead.sinks.push(Arc::clone(&sink));
             ahead.replay.clone()
         };
         if let Some(replay) = replay {
-            replay.fill(Arc::clone(sink));
+            replay.fill(sink);
         }
     }
 

@@ -67,6 +67,9 @@ struct Plan {
 pub trait Sink: Send + Sync + std::fmt::Debug {
     /// Takes the present pages of `run`, as far as it can now. Called by one thread at a time.
     fn put(&self, run: Run) -> Taken;
+
+    /// Whether it takes no more, for good.
+    fn is_over(&self) -> bool;
 }
 
 /// What a sink did with pages.
