@@ -101,7 +101,7 @@ def test_working_sets(backend: str, snapshot: Snapshot, place: Path, tmp_path: P
         recorded = WorkingSet.load(file)
         assert recorded.recordings == recordings
         assert recorded.critical_pages == recorded.pages > 10240
-        assert f"{recorded.pages} pages" in err
+        assert f"{recorded.pages} of {recordings} recordings" in err
         answers.add(json.loads(out)["forks"][0]["result"])
     out, err = pagekit(place, *boot, "--backend", backend, "--working-set", file, "--forks", 3)
     report = json.loads(out)

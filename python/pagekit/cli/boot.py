@@ -204,5 +204,10 @@ def _recording(backing: Backing, file: Path | None) -> Iterator[None]:
     yield
     recording.ready()
     found = recording.finish()
-    (found if before is None else before | found).save(file)
-    click.echo(f"{file}: {found.pages} pages demanded now", err=True)
+    united = found if before is None else before | found
+    united.save(file)
+    click.echo(
+        f"{file}: {found.pages} pages were demanded; it has {united.pages} "
+        f"of {united.recordings} recordings",
+        err=True,
+    )
