@@ -5,6 +5,8 @@ use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use crate::client::firecracker;
+pub use crate::client::mount;
+use crate::client::mount::Mount;
 use crate::client::shim::{plan, Listener, Plan};
 use crate::delivery::Delivery;
 pub use crate::door::Address;
@@ -21,7 +23,10 @@ pub struct Ways {
     pub shim: Option<Address>,
     /// Where VMMs connect that hand over a userfaultfd of theirs.
     pub firecracker: Vec<Address>,
-    /// How they get the memory: `auto`, `share`, `copy` or `plain`; empty is `auto`.
+    /// Where the memory is mounted as a file.
+    pub mount: Option<mount::Options>,
+    /// How programs with the shim get the memory: `auto`, `share`, `copy` or `plain`; empty is
+    /// `auto`.
     pub backend: String,
 }
 
@@ -61,6 +66,7 @@ pub struct Server {
     // Dropped in this order: the clients learn that it is over before nobody serves them.
     shim: Option<(Listener, Plan, String)>,
     firecracker: Option<firecracker::Listener>,
+    mount: Option<Mount>,
     engine: Arc<Engine>,
     template: Arc<Template>,
 }
@@ -78,6 +84,8 @@ pub struct Statistics {
     pub bytes_read: u64,
     /// The VMMs that came to the sockets for them, if there are any.
     pub firecracker: Option<firecracker::Clients>,
+    /// The mount, if there is one.
+    pub mount: Option<mount::Statistics>,
     /// Targets, faults, outcomes.
     #[serde(flatten)]
     pub engine: engine::Statistics,
@@ -92,8 +100,8 @@ impl Server {
     /// `Usage` (no way in, unknown backend), `Permission` (no userfaultfd for a served one),
     /// `AddressInUse`, `Kernel`, and what loading the template brings where that is needed.
     pub fn start(template: Arc<Template>, delivery: Arc<Delivery>, ways: Ways) -> Result<Server> {
-        if ways.shim.is_none() && ways.firecracker.is_empty() {
-            return Err(Error::usage("there is no way in", "give a socket"));
+        if ways.shim.is_none() && ways.firecracker.is_empty() && ways.mount.is_none() {
+            return Err(Error::usage("there is no way in", "give a socket or a mount point"));
         }
         let engine = Arc::new(Engine::start()?);
         let (filler, filled) = (Arc::downgrade(&engine), Arc::downgrade(&template));
@@ -106,6 +114,7 @@ impl Server {
         let mut server = Server {
             shim: None,
             firecracker: None,
+            mount: None,
             engine: Arc::clone(&engine),
             template: Arc::clone(&template),
         };
@@ -113,6 +122,10 @@ impl Server {
             let (engine, template) = (Arc::clone(&engine), Arc::clone(&template));
             let listener = firecracker::Listener::start(ways.firecracker, engine, template)?;
             server.firecracker = Some(listener);
+        }
+        if let Some(options) = ways.mount {
+            let (engine, template) = (Arc::clone(&engine), Arc::clone(&template));
+            server.mount = Some(Mount::start(options, engine, template)?);
         }
         if let Some(address) = ways.shim {
             let backend = if ways.backend.is_empty() { "auto" } else { &ways.backend };
@@ -136,6 +149,11 @@ impl Server {
     /// Where VMMs connect that hand over a userfaultfd of theirs.
     pub fn firecracker(&self) -> Vec<&Path> {
         self.firecracker.iter().flat_map(firecracker::Listener::paths).collect()
+    }
+
+    /// The memory as a file.
+    pub fn mount(&self) -> Option<&Mount> {
+        self.mount.as_ref()
     }
 
     /// The engine that serves them.
@@ -162,6 +180,7 @@ impl Server {
             fetches: template.fetches,
             bytes_read: template.bytes_read,
             firecracker: self.firecracker.as_ref().map(firecracker::Listener::clients),
+            mount: self.mount.as_ref().map(Mount::statistics),
             engine: self.engine.statistics(),
             template,
         }
@@ -175,6 +194,9 @@ impl Server {
         }
         if let Some(listener) = &self.firecracker {
             listener.stop();
+        }
+        if let Some(mount) = &self.mount {
+            mount.stop();
         }
         self.engine.stop();
     }

@@ -4,6 +4,8 @@
 //! |---|---|
 //! | [`firecracker`] | VMMs that send their userfaultfd: handshake, death |
 //! | [`shim`] | the preloaded library: attach, fork, death |
+//! | [`mount`] | a file system with the memory as a file, for programs that map it |
 
 pub mod firecracker;
+pub mod mount;
 pub mod shim;

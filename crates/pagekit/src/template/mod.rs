@@ -243,17 +243,23 @@ impl Template {
     /// or zero by the map, on this thread if that is so already; or when one cannot be had. The
     /// caller must see to the fetches.
     pub fn want_all(self: &Arc<Self>, run: Run, waiter: Waiter) -> Vec<Fetch> {
+        self.want_window(run, run, waiter)
+    }
+
+    /// As [`Self::want_all`], but the fetches cover all that is absent of `window`, which `run` is a
+    /// part of.
+    pub fn want_window(self: &Arc<Self>, run: Run, window: Run, waiter: Waiter) -> Vec<Fetch> {
         let all = Arc::new(Gathering::new(waiter));
-        let fetches = self.claim(run, &all);
+        let fetches = self.claim(run, window, &all);
         all.arrived(&Ok(()));
         fetches
     }
 
-    fn claim(self: &Arc<Self>, run: Run, all: &Arc<Gathering>) -> Vec<Fetch> {
+    fn claim(self: &Arc<Self>, run: Run, window: Run, all: &Arc<Gathering>) -> Vec<Fetch> {
         let mut fetches = Vec::new();
         let mut flights = self.lock_flights();
-        let mut page = run.start;
-        while page < run.end() {
+        let mut page = window.start;
+        while page < window.end() {
             let (end, flight) = if self.present.contains(page) {
                 (page + 1, None)
             } else if let Some(zero) = find(&self.zero_runs, page) {
@@ -262,15 +268,16 @@ impl Template {
                 (flight.run.end(), Some(flight))
             } else {
                 let mut end = page + 1;
-                let last = run.end().min(page + LONGEST_FETCH);
+                let last = window.end().min(page + LONGEST_FETCH);
                 while end < last && self.is_absent(&flights, end) {
                     end += 1;
                 }
                 fetches.push(self.take_off(&mut flights, Run::between(page, end), Vec::new()));
                 (end, flights.get_mut(&page))
             };
-            if let Some(flight) = flight {
-                flight.waiters.push((Run::between(page, end.min(run.end())), all.waiter()));
+            let awaited = Run::between(page.max(run.start), end.min(run.end()));
+            if let (Some(flight), true) = (flight, awaited.pages > 0) {
+                flight.waiters.push((awaited, all.waiter()));
             }
             page = end;
         }
