@@ -15,6 +15,15 @@ from ..client import server_program, shim_path
 @click.option(
     "--firecracker", metavar="PATH", multiple=True, help="Where Firecracker connects; repeatable."
 )
+@click.option("--mount", metavar="DIR", help="A directory in which the memory shall be a file.")
+@click.option("--mount-name", metavar="NAME", help="The name of that file.  [default: memory]")
+@click.option("--mount-mode", metavar="OCTAL", help="The mode of that file.  [default: 400]")
+@click.option(
+    "--passthrough",
+    type=click.Choice(["auto", "never", "always"]),
+    help="Let the kernel serve that file from a local one by itself.  [default: auto]",
+)
+@click.option("--readahead", metavar="SIZE", help="Read so much around a page.  [default: 128K]")
 @click.option("--owner", metavar="UID[:GID]", help="Give the socket to this user (and group).")
 @click.option("--mode", metavar="OCTAL", help="Mode of the socket.  [default: 600]")
 @click.option("--allow", metavar="UID", multiple=True, help="Let in only these users.")
@@ -44,6 +53,11 @@ def command(
     spec: str,
     socket: str | None,
     firecracker: tuple[str, ...],
+    mount: str | None,
+    mount_name: str | None,
+    mount_mode: str | None,
+    passthrough: str | None,
+    readahead: str | None,
     owner: str | None,
     mode: str | None,
     allow: tuple[str, ...],
@@ -69,6 +83,7 @@ def command(
     Examples:
       pagekit serve file:memory --socket /run/pk.sock
       pagekit serve file:memory --firecracker /run/fc.sock --owner 1000
+      pagekit serve file:memory --layer delay=2ms,1GB/s,16 --mount /run/pk
       pagekit serve file:memory --socket pk.sock --record memory.pkws
       pagekit serve file:memory --socket pk.sock --working-set memory.pkws
       pagekit serve file:memory --layer delay=2ms --socket pk.sock --run -- ./program {file}
@@ -79,6 +94,11 @@ def command(
     arguments = [program, spec, "--backend", backend, "--deadline", deadline]
     for option, value in (
         ("--socket", socket),
+        ("--mount", mount),
+        ("--mount-name", mount_name),
+        ("--mount-mode", mount_mode),
+        ("--passthrough", passthrough),
+        ("--readahead", readahead),
         ("--owner", owner),
         ("--mode", mode),
         ("--record", record),
