@@ -28,7 +28,18 @@ from pagekit.errors import (
     SnapshotError,
     UsageError,
 )
-from pagekit.sandbox import Backing, Eager, Fleet, Mounted, Plain, Qemu, Served, Snapshot, choose
+from pagekit.sandbox import (
+    Backing,
+    Eager,
+    Fleet,
+    Mounted,
+    Plain,
+    Qemu,
+    Served,
+    Snapshot,
+    choose,
+    mount_in,
+)
 from pagekit.sandbox.guest_agent import DATA_PAGES, PAGE_SIZE, data_page
 
 SUM = f"result = sum(data[::{PAGE_SIZE}])"
@@ -47,7 +58,7 @@ def backing(name: str, snapshot: Snapshot, run: Path) -> Iterator[Backing]:
         (run / "mount").mkdir()
         with (
             pagekit.Template(f"file:{snapshot.memory}") as template,
-            pagekit.Server(template, mount=run / "mount") as server,
+            pagekit.Server(template, mount=mount_in(run / "mount")) as server,
         ):
             yield Mounted(server)
             template.audit()

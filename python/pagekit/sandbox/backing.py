@@ -29,7 +29,7 @@ from . import sparse
 from .snapshot import Snapshot
 
 if TYPE_CHECKING:
-    from .. import WorkingSet
+    from .. import Mount, WorkingSet
     from ..server import Server
 
 
@@ -80,14 +80,19 @@ class Served:
 
 @dataclass(frozen=True)
 class Mounted:
-    """A private mapping of the file that a server has mounted. Nothing is preloaded."""
+    """A private mapping of the file that a server has mounted. Nothing is preloaded.
+
+    The server must mount it as :func:`mount_in` says.
+    """
 
     server: Server
     name: str = field(default="mount", init=False)
 
     def prepare(self, snapshot: Snapshot, run: Path) -> Prepared:
         if self.server.mount_path is None:
-            raise UsageError("the server has mounted nothing", hint="start it with mount=DIR")
+            raise UsageError(
+                "the server has mounted nothing", hint="start it with mount=mount_in(DIR)"
+            )
         return Prepared(str(self.server.mount_path), False, {})
 
 
@@ -122,6 +127,15 @@ class Eager:
                     hint="free some memory, or use a backing that needs less of it",
                 ) from error
         return Prepared(f"/dev/fd/{content}", True, {}, (content,), content)
+
+
+def mount_in(directory: str | os.PathLike[str]) -> Mount:
+    """How a server mounts memory in ``directory`` for forks that are :class:`Mounted`.
+
+    QEMU before 8.2 opens its memory file for writing, even where it maps it privately, so the mode
+    must allow its user that. Nothing is ever written.
+    """
+    return pagekit.Mount(directory, mode=0o600)
 
 
 _WANTED = ("auto", "share", "copy", "mount", "plain")
@@ -169,7 +183,7 @@ def choose(
             if wanted == "mount":
                 directory = run / "mount"
                 directory.mkdir(exist_ok=True)
-                server = pagekit.Server(template, mount=directory)
+                server = pagekit.Server(template, mount=mount_in(directory))
             else:
                 server = pagekit.Server(template, run / "socket", backend=backend)
             stack.enter_context(server)

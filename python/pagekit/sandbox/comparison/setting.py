@@ -10,7 +10,7 @@ from pathlib import Path
 import pagekit
 
 from ...errors import IntegrityError
-from ..backing import Served
+from ..backing import Served, mount_in
 from ..fleet import Fleet
 from ..guest import Guest
 from ..qemu import Qemu
@@ -68,7 +68,7 @@ class Setting:
             first(template)
             if mount:
                 place.mkdir()
-                server = pagekit.Server(template, mount=place)
+                server = pagekit.Server(template, mount=mount_in(place))
             else:
                 server = pagekit.Server(template, place, backend=backend or self.backend)
             with server:
