@@ -61,6 +61,11 @@ def need_userfaultfd() -> None:
     need("userfaultfd", way, "this process can have no userfaultfd; see `pagekit doctor`")
 
 
+def need_fuse() -> None:
+    able = os.geteuid() == 0 and os.access("/dev/fuse", os.R_OK | os.W_OK)
+    need("fuse", able, "needs to mount a file system in user space")
+
+
 @functools.cache
 def program(name: str) -> Path:
     """tests/programs/NAME.c, compiled once."""
