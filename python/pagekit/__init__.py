@@ -23,13 +23,14 @@ from . import errors
 if TYPE_CHECKING:
     from . import sandbox as sandbox
     from .client import owner_environment, plain_environment, shim_path
-    from .server import Server
+    from .server import Mount, Server
     from .template import Template
     from .working_set import Recording, Replay, WorkingSet
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Mount",
     "Recording",
     "Replay",
     "Server",
@@ -44,6 +45,7 @@ __all__ = [
 
 # Resolved on first use, so that `import pagekit` is light and needs no compiled extension.
 _LAZY = {
+    "Mount": "server",
     "Recording": "working_set",
     "Replay": "working_set",
     "WorkingSet": "working_set",

@@ -18,6 +18,13 @@ class Template:
     def statistics(self) -> str: ...
     def close(self) -> None: ...
 
+class Mounted(TypedDict):
+    directory: Path
+    name: str
+    mode: int
+    passthrough: str
+    readahead: int
+
 class Ways(TypedDict):
     socket: Path | None
     firecracker: list[Path]
@@ -25,10 +32,12 @@ class Ways(TypedDict):
     owner: tuple[int, int | None] | None
     mode: int
     allow: list[int]
+    mount: Mounted | None
 
 class Server:
     def __init__(self, template: Template, ways: Ways) -> None: ...
     def backend(self) -> tuple[str, str] | None: ...
+    def mount(self) -> tuple[Path, str] | None: ...
     def statistics(self) -> str: ...
     def wait_idle(self, seconds: float) -> bool: ...
     def close(self) -> None: ...

@@ -241,6 +241,29 @@ struct Ways {
     owner: Option<(u32, Option<u32>)>,
     mode: u32,
     allow: Vec<u32>,
+    mount: Option<MountPoint>,
+}
+
+/// A dictionary of what [`server::mount::Options`] has.
+#[derive(FromPyObject)]
+#[pyo3(from_item_all)]
+struct MountPoint {
+    directory: PathBuf,
+    name: String,
+    mode: u32,
+    passthrough: String,
+    readahead: u64,
+}
+
+impl MountPoint {
+    fn options(
+        self,
+        owner: Option<(u32, Option<u32>)>,
+    ) -> pagekit::error::Result<server::mount::Options> {
+        let MountPoint { directory, name, mode, passthrough, readahead } = self;
+        let passthrough = passthrough.parse()?;
+        Ok(server::mount::Options { directory, name, owner, mode, passthrough, readahead })
+    }
 }
 
 #[pyclass(frozen, module = "pagekit._core")]
@@ -258,11 +281,14 @@ impl Server {
     #[new]
     fn new(py: Python<'_>, template: &Template, ways: Ways) -> PyResult<Server> {
         let template = template.get()?;
-        let Ways { socket, firecracker, backend, owner, mode, allow } = ways;
+        let Ways { socket, firecracker, backend, owner, mode, allow, mount } = ways;
+        let mount = mount.map(|mount| mount.options(owner)).transpose();
+        let mount = mount.map_err(|error| raised(py, &error))?;
         let address = |path| server::Address { path, owner, mode, allow: allow.clone() };
         let ways = server::Ways {
             shim: socket.map(address),
             firecracker: firecracker.into_iter().map(address).collect(),
+            mount,
             backend,
         };
         let server = py
@@ -274,6 +300,12 @@ impl Server {
     fn backend(&self) -> PyResult<Option<(&'static str, String)>> {
         let server = self.get()?;
         Ok(server.backend().map(|(backend, reason)| (backend, reason.to_owned())))
+    }
+
+    /// The file, and `cached` or `passthrough`.
+    fn mount(&self) -> PyResult<Option<(PathBuf, &'static str)>> {
+        let server = self.get()?;
+        Ok(server.mount().map(|mount| (mount.path().to_owned(), mount.plan().0)))
     }
 
     fn statistics(&self) -> PyResult<String> {

@@ -14,6 +14,7 @@ use std::time::Duration;
 
 use pagekit::delivery::Delivery;
 use pagekit::error::{Error, Result};
+use pagekit::server::mount::Mount;
 use pagekit::server::Server;
 use pagekit::template::Template;
 use pagekit::working_set::WorkingSet;
@@ -102,10 +103,15 @@ fn announce(options: &Options, server: &Server) {
     for socket in server.firecracker() {
         eprintln!("pagekit: serving {} to Firecracker at {}", options.spec, socket.display());
     }
+    if let Some(mount) = server.mount() {
+        let (plan, reason) = mount.plan();
+        eprintln!("pagekit: {} is {}: {plan}: {reason}", mount.path().display(), options.spec);
+    }
     if options.json {
         let (backend, reason) = server.backend().unzip();
         let ready = serde_json::json!({
-            "ready": true, "socket": server.socket(), "firecracker": server.firecracker(), "backend": backend, "reason": reason,
+            "ready": true, "socket": server.socket(), "firecracker": server.firecracker(),
+            "mount": server.mount().map(Mount::path), "backend": backend, "reason": reason,
             "size": server.template().size(),
         });
         println!("{ready}");

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use lexopt::prelude::*;
 use pagekit::error::{Error, Result};
-use pagekit::server::{Address, Ways};
+use pagekit::server::{mount, Address, Ways};
 use pagekit::stack;
 use pagekit::template::replay;
 use pagekit::working_set::Until;
@@ -23,8 +23,15 @@ Ways in, one at least:
   --firecracker PATH  where Firecracker connects, any number of them (repeatable: one for each, if
                     they must not meet)
 
+  --mount DIR       a file in this directory, for any program to map privately; of it:
+  --mount-name NAME its name (default memory)
+  --mount-mode OCTAL  its mode (default 400). Who may write can open it for writing, as QEMU before
+                    8.2 does, and spoil it for the others; 600 is for those
+  --passthrough WHEN  auto, never, always: let the kernel serve it from a local file by itself
+  --readahead SIZE  what the kernel reads around a touched page (default 128K)
+
 Who may come in (only this user, unless):
-  --owner UID[:GID] give the sockets to the user (and group) that the programs run as
+  --owner UID[:GID] give sockets and file to the user (and group) that the programs run as
   --mode OCTAL      mode of the sockets (default 600)
   --allow UID       of those who can connect, let in only these users (repeatable)
 
@@ -50,8 +57,9 @@ Options:
 Examples:
   pagekitd file:memory --socket /run/pk.sock
   pagekitd file:memory --firecracker /run/fc.sock --owner 1000 --working-set memory.pkws
+  pagekitd file:memory --layer delay=2ms,1GB/s,16 --mount /run/pk
   pagekitd file:memory --socket pk.sock --record memory.pkws
-  pagekitd file:memory --layer delay=2ms,1GB/s,16 --socket pk.sock --run ./program {file}
+  pagekitd file:memory --layer stats --socket pk.sock --run ./program {file}
 ";
 
 /// What the command line asks for.
@@ -70,6 +78,9 @@ pub struct Options {
     pub layers: Vec<String>,
     pub socket: Option<PathBuf>,
     pub firecracker: Vec<PathBuf>,
+    pub mount: Option<PathBuf>,
+    /// The mount's own options; its directory is in `mount`.
+    pub mounted: mount::Options,
     pub owner: Option<(u32, Option<u32>)>,
     pub mode: u32,
     pub allow: Vec<u32>,
@@ -96,6 +107,11 @@ impl Options {
         Ways {
             shim: self.socket.as_ref().map(address),
             firecracker: self.firecracker.iter().map(address).collect(),
+            mount: self.mount.as_ref().map(|directory| mount::Options {
+                directory: directory.clone(),
+                owner: self.owner,
+                ..self.mounted.clone()
+            }),
             backend: self.backend.clone(),
         }
     }
@@ -116,6 +132,8 @@ fn parse(mut parser: lexopt::Parser) -> Result<Asked, String> {
         layers: Vec::new(),
         socket: None,
         firecracker: Vec::new(),
+        mount: None,
+        mounted: mount::Options { mode: 0o400, ..mount::Options::from("") },
         owner: None,
         mode: 0o600,
         allow: Vec::new(),
@@ -148,8 +166,23 @@ fn parse(mut parser: lexopt::Parser) -> Result<Asked, String> {
             }
             Long("mode") => {
                 let value = string(&mut parser)?;
-                let mode = u32::from_str_radix(&value, 8).ok().filter(|mode| *mode <= 0o777);
-                options.mode = mode.ok_or(format!("{value:?} is no mode: 660"))?;
+                options.mode = mode(&value)?;
+            }
+            Long("mount") => options.mount = Some(parser.value().map_err(text)?.into()),
+            Long("mount-name") => options.mounted.name = string(&mut parser)?,
+            Long("mount-mode") => {
+                let value = string(&mut parser)?;
+                options.mounted.mode = mode(&value)?;
+            }
+            Long("passthrough") => {
+                let value = string(&mut parser)?;
+                options.mounted.passthrough =
+                    value.parse().map_err(|error: Error| error.to_string())?;
+            }
+            Long("readahead") => {
+                let value = string(&mut parser)?;
+                let bytes = stack::size(&value).filter(|bytes| *bytes <= 1 << 30);
+                options.mounted.readahead = bytes.ok_or(format!("{value:?} is no size: 128K"))?;
             }
             Long("allow") => {
                 let value = string(&mut parser)?;
@@ -189,13 +222,19 @@ fn parse(mut parser: lexopt::Parser) -> Result<Asked, String> {
         }
     }
     options.spec = spec.ok_or("SPEC is missing: where do the pages come from?")?;
-    if options.socket.is_none() && options.firecracker.is_empty() {
-        return Err("there is no way in: give --socket or --firecracker".to_owned());
+    if options.socket.is_none() && options.firecracker.is_empty() && options.mount.is_none() {
+        return Err("there is no way in: give --socket, --firecracker or --mount".to_owned());
     }
     if !options.command.is_empty() && options.socket.is_none() {
         return Err("--run needs --socket, where the command attaches".to_owned());
     }
     Ok(Asked::Serve(Box::new(options)))
+}
+
+/// Octal permissions.
+fn mode(text: &str) -> Result<u32, String> {
+    let mode = u32::from_str_radix(text, 8).ok().filter(|mode| *mode <= 0o777);
+    mode.ok_or(format!("{text:?} is no mode: 660"))
 }
 
 /// `settle=TIME`, `time=TIME` or `exit`.

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
+from typing import Any
 
 import click
 
-from ..client import server_program, shim_path
+from .program import become_server, shared_options
 
 
 @click.command(name="serve")
@@ -15,50 +15,20 @@ from ..client import server_program, shim_path
 @click.option(
     "--firecracker", metavar="PATH", multiple=True, help="Where Firecracker connects; repeatable."
 )
-@click.option("--owner", metavar="UID[:GID]", help="Give the socket to this user (and group).")
-@click.option("--mode", metavar="OCTAL", help="Mode of the socket.  [default: 600]")
-@click.option("--allow", metavar="UID", multiple=True, help="Let in only these users.")
-@click.option("--record", metavar="FILE", help="Record the pages demanded, into a working set.")
-@click.option(
-    "--ready",
-    metavar="WHEN",
-    help="What is demanded later is not critical: settle=TIME, time=TIME, exit.  "
-    "[default: settle=500ms]",
-)
-@click.option("--working-set", metavar="FILE", help="Fetch the pages of a working set ahead.")
-@click.option("--rest", is_flag=True, help="Fetch those that are not critical, too.")
-@click.option("--rate", metavar="RATE", help="Fetch ahead at most so fast: 100MB/s.")
-@click.option("--layer", "layers", multiple=True, help="Wrap the source, outermost first.")
+@click.option("--mount", metavar="DIR", help="A directory in which the memory shall be a file.")
+@click.option("--mount-name", metavar="NAME", help="The name of that file.  [default: memory]")
+@click.option("--mount-mode", metavar="OCTAL", help="The mode of that file.  [default: 400]")
 @click.option(
     "--backend",
     type=click.Choice(["auto", "share", "copy", "plain"]),
-    default="auto",
-    show_default=True,
-    help="How programs get the memory.",
+    help="How programs with the shim get the memory.  [default: auto]",
 )
-@click.option("--deadline", default="5s", show_default=True, help="Give up a page after this time.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object when ready, one at the end.")
+@click.option("--mode", metavar="OCTAL", help="Mode of the sockets.  [default: 600]")
+@click.option("--allow", metavar="UID", multiple=True, help="Let in only these users.")
+@shared_options
 @click.option("--run", "captive", is_flag=True, help="Run COMMAND, and live and die with it.")
 @click.argument("command_line", metavar="[COMMAND]...", nargs=-1, type=click.UNPROCESSED)
-def command(
-    spec: str,
-    socket: str | None,
-    firecracker: tuple[str, ...],
-    owner: str | None,
-    mode: str | None,
-    allow: tuple[str, ...],
-    record: str | None,
-    ready: str | None,
-    working_set: str | None,
-    rest: bool,
-    rate: str | None,
-    layers: tuple[str, ...],
-    backend: str,
-    deadline: str,
-    as_json: bool,
-    captive: bool,
-    command_line: tuple[str, ...],
-) -> None:
+def command(spec: str, captive: bool, command_line: tuple[str, ...], **options: Any) -> None:
     """Serve the memory SPEC, page by page, to VMMs and other programs.
 
     SPEC is where the pages come from: file:PATH or zero:SIZE. Layers are pass, stats, delay=TIME,
@@ -69,34 +39,11 @@ def command(
     Examples:
       pagekit serve file:memory --socket /run/pk.sock
       pagekit serve file:memory --firecracker /run/fc.sock --owner 1000
+      pagekit serve file:memory --layer delay=2ms,1GB/s,16 --mount /run/pk
       pagekit serve file:memory --socket pk.sock --record memory.pkws
       pagekit serve file:memory --socket pk.sock --working-set memory.pkws
-      pagekit serve file:memory --layer delay=2ms --socket pk.sock --run -- ./program {file}
+      pagekit serve file:memory --layer stats --socket pk.sock --run -- ./program {file}
     """
     if captive != bool(command_line):
         raise click.UsageError("--run and a command after -- belong together")
-    program = str(server_program())
-    arguments = [program, spec, "--backend", backend, "--deadline", deadline]
-    for option, value in (
-        ("--socket", socket),
-        ("--owner", owner),
-        ("--mode", mode),
-        ("--record", record),
-        ("--ready", ready),
-        ("--working-set", working_set),
-        ("--rate", rate),
-    ):
-        if value is not None:
-            arguments += [option, value]
-    for option, values in (("--firecracker", firecracker), ("--allow", allow), ("--layer", layers)):
-        for value in values:
-            arguments += [option, value]
-    if rest:
-        arguments.append("--rest")
-    arguments += ["--shim", str(shim_path())]
-    if as_json:
-        arguments.append("--json")
-    if captive:
-        arguments += ["--run", *command_line]
-    # The server takes over this process: no Python stays around it.
-    os.execv(program, arguments)
+    become_server(spec, options, command_line)
