@@ -1,8 +1,8 @@
-"""What a page costs a restored Firecracker guest whose memory comes by userfaultfd, against handlers
-that do what public examples do, in the same run.
+"""What a page costs a restored Firecracker guest whose memory comes by userfaultfd, against
+handlers that do what public examples do, in the same run.
 
-One client (tests/programs/firecracker.c) touches one byte of each page of 128 MiB in two regions, in
-random order, in sequence, and in random order by two threads, after its handshake was read. The
+One client (tests/programs/firecracker.c) touches one byte of each page of 128 MiB in two regions,
+in random order, in sequence, and in random order by two threads, after its handshake was read. The
 memory file lies on tmpfs.
 
 page      one page per event: poll, read one event, copy one page (benchmarks/programs/handler.c)
@@ -12,9 +12,10 @@ warm      the same server, once more, with the template that the first client fi
 NAME      with --handler: another handler, started as `PROGRAM SOCKET MEMORY`, one for each client
 
 Prints for each arm and order pages per second and the seconds until every page was there; and from
-other clients, which ask before each touch whether the page is there already, the microseconds of the
-touches that waited (median and 99th percentile), and how many did. Under ``ratios``, each arm against
-``pagekit``: above 1, pagekit is better. All medians; the arms of one sample run in random order.
+other clients, which ask before each touch whether the page is there already, the microseconds of
+the touches that waited (median and 99th percentile), and how many did. Under ``ratios``, each arm
+against ``pagekit``: above 1, pagekit is better. All medians; the arms of one sample run in random
+order.
 
     python benchmarks/firecracker.py [--json] [--quick] [--handler PROGRAM]...
 """

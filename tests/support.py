@@ -271,7 +271,7 @@ class Daemon:
     def __init__(
         self,
         spec: str,
-        socket: Path,
+        socket: Path | None,
         *options: object,
         prefix: Sequence[object] = (),
         program: Path | None = None,
@@ -282,8 +282,7 @@ class Daemon:
             *prefix,
             program or server_program(),
             spec,
-            "--socket",
-            socket,
+            *(["--socket", socket] if socket else []),
             "--json",
             *options,
         ]

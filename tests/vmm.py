@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import json
 import os
-import select
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import support
-from support import Memory, program, start, stopping
+from support import Memory, need, program, start, stopping
+
+HUGE = 2 << 20
+SPARE = 4
 
 
 class Vmm:
@@ -19,10 +25,9 @@ class Vmm:
     def __init__(self, socket: Path, memory: Memory, *options: str, **more: Any) -> None:
         command = [program("firecracker"), socket, memory.path, *options]
         self.process = start(command, {}, **more)
-        line = self.process.stdout.readline()
-        if line != "ready\n":
-            out, err = support.ended(self.process, None)
-            raise AssertionError(f"status {self.process.returncode}: {line}{out}{err}")
+        word, _, pages = self.line().partition(" ")
+        assert word == "ready", word
+        self.pages = int(pages)
 
     def tell(self, order: str) -> None:
         """Gives an order, without waiting for its answer."""
@@ -31,13 +36,19 @@ class Vmm:
 
     def answer(self) -> dict[str, Any]:
         """The answer to the oldest order that has none yet."""
-        ready, _, _ = select.select([self.process.stdout], [], [], support.PATIENCE)
-        line = self.process.stdout.readline() if ready else ""
+        answer: dict[str, Any] = json.loads(self.line())
+        return answer
+
+    def line(self) -> str:
+        """The next line it prints. A client that prints none for long is killed."""
+        impatience = threading.Timer(support.PATIENCE, self.process.kill)
+        impatience.start()
+        line: str = self.process.stdout.readline()
+        impatience.cancel()
         if not line:
             out, err = support.ended(self.process, None)
-            raise AssertionError(f"no answer; status {self.process.returncode}: {out}{err}")
-        answer: dict[str, Any] = json.loads(line)
-        return answer
+            raise AssertionError(f"it ended with {self.process.returncode}: {out}{err}")
+        return line
 
     def ask(self, order: str) -> dict[str, Any]:
         self.tell(order)
@@ -84,3 +95,20 @@ class Vmm:
 def descriptors(pid: int) -> int:
     """How many files a process has open."""
     return len(os.listdir(f"/proc/{pid}/fd"))  # noqa: PTH208
+
+
+@contextmanager
+def huge_pages(count: int, *, or_none: bool = False) -> Iterator[bool]:
+    """So many pages of 2 MiB, and a few to spare: a page that is filled twice at once takes two for a
+    moment. Without, the test is skipped; or this says so."""
+    knob = Path("/proc/sys/vm/nr_hugepages")
+    if not knob.exists() or os.geteuid() != 0:
+        need("hugetlb", or_none, "no right to set vm.nr_hugepages, or no such pages in this kernel")
+        yield False
+        return
+    count += SPARE
+    with support.sysctl("vm.nr_hugepages", str(int(knob.read_text()) + count)):
+        free = re.search(r"HugePages_Free:\s+(\d+)", Path("/proc/meminfo").read_text())
+        enough = free is not None and int(free[1]) >= count
+        need("hugetlb", enough or or_none, f"{count} pages of 2 MiB are not to be had")
+        yield enough

@@ -13,7 +13,7 @@
  *                                 with a blank behind the message
  *   scratch=PATH                  a file for O_DIRECT; without it there is none
  *
- * Prints "ready" when the message is sent. Each line of standard input is then one of these, answered
+ * Prints "ready" and the number of its pages when the message is sent. Each line of standard input is then one of these, answered
  * by a line of JSON; pages are counted over all regions, in the order of the message:
  *
  *   settle                                wait until the server has read the message
@@ -719,7 +719,7 @@ int main(int argc, char **argv) {
     sigaction(SIGBUS, &action, NULL);
     register_regions(regions, count);
     shake_hands(argv[1], compose(regions, count, spelling, unknown), how);
-    printf("ready\n");
+    printf("ready %zu\n", page_count);
     fflush(stdout);
     char *line = NULL;
     for (size_t room = 0; getline(&line, &room, stdin) > 0;)

@@ -1,4 +1,5 @@
 # What every client begins with that comes in as Firecracker does, and does something wrong.
+import contextlib
 import ctypes
 import fcntl
 import json
