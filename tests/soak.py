@@ -76,7 +76,7 @@ class Post:
             with Vmm(path, self.memory, *options) as vmm:
                 vmm.tell(f"storm {self.operations} {draw.randrange(1, 5)} {seed}")
                 if draw.random() < 0.1:
-                    vmm.process.kill()
+                    vmm.kill()
                     self.done["killed"] += 1
                     return
                 self.done.update(counts(vmm.was_right()))
@@ -111,6 +111,7 @@ def post(
 
 def soak(seconds: float, seed: int, clients: int = CLIENTS) -> dict[str, dict[str, int]]:
     """Loads all servers for so long: what was done, by server."""
+    support.program("firecracker")  # compiled before threads want it
     with ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pk-soak-")))
         posts = [

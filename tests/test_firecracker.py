@@ -324,7 +324,7 @@ def test_a_target_comes_and_goes(memory: Memory) -> None:
                 [target] = server.statistics()["targets"]
                 assert target["pid"] == vmm.process.pid and target["backend"] == "copy"
                 if kill:
-                    vmm.process.kill()
+                    vmm.kill()
                 else:
                     vmm.quit()
                 until(lambda: server.statistics()["targets"] == [], "noticing the end")
@@ -494,14 +494,14 @@ def after_half_a_message(daemon: Daemon, memory: Memory) -> None:
 def after_the_handshake(daemon: Daemon, memory: Memory) -> None:
     for _ in range(10):
         with Vmm(door(daemon), memory, "split=5") as vmm:
-            vmm.process.kill()
+            vmm.kill()
 
 
 def in_a_fault(daemon: Daemon, memory: Memory) -> None:
     with Vmm(door(daemon), memory) as vmm:
         vmm.tell("read 1500 400 random 4 both")
         until(lambda: vmm.waits_in("handle_userfault"), "waiting for a page")
-        vmm.process.kill()
+        vmm.kill()
 
 
 def in_a_removal(daemon: Daemon, memory: Memory) -> None:
@@ -512,8 +512,7 @@ def in_a_removal(daemon: Daemon, memory: Memory) -> None:
         try:
             vmm.tell("remove 0 100")
             until(lambda: vmm.waits_in("userfaultfd_event_wait_completion"), "waiting in madvise")
-            vmm.process.kill()
-            vmm.process.wait(support.PATIENCE)
+            vmm.kill()
         finally:
             daemon.process.send_signal(signal.SIGCONT)
 
@@ -525,7 +524,7 @@ def in_a_storm(daemon: Daemon, memory: Memory) -> None:
             vmm.tell("storm 1000000 2 1")
         for vmm in vmms:
             until(lambda vmm=vmm: vmm.waits_in("handle_userfault"), "waiting for a page")
-            vmm.process.kill()
+            vmm.kill()
 
 
 @pytest.mark.parametrize(

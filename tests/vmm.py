@@ -73,6 +73,11 @@ class Vmm:
         _, err = support.ended(self.process)
         assert err == ""
 
+    def kill(self) -> None:
+        """Ends it from one moment to the next."""
+        self.process.kill()
+        self.process.wait(support.PATIENCE)
+
     def waits_in(self, place: str) -> bool:
         """Whether a thread of it sleeps in this function of the kernel."""
         tasks = Path(f"/proc/{self.process.pid}/task")
@@ -99,8 +104,8 @@ def descriptors(pid: int) -> int:
 
 @contextmanager
 def huge_pages(count: int, *, or_none: bool = False) -> Iterator[bool]:
-    """So many pages of 2 MiB, and a few to spare: a page that is filled twice at once takes two for a
-    moment. Without, the test is skipped; or this says so."""
+    """So many pages of 2 MiB, and a few to spare: a page that is filled twice at once takes two for
+    a moment. Without, the test is skipped; or this says so."""
     knob = Path("/proc/sys/vm/nr_hugepages")
     if not knob.exists() or os.geteuid() != 0:
         need("hugetlb", or_none, "no right to set vm.nr_hugepages, or no such pages in this kernel")
