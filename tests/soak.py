@@ -115,13 +115,13 @@ def soak(seconds: float, seed: int, clients: int = CLIENTS) -> dict[str, dict[st
     with ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pk-soak-")))
         posts = [
-            post(stack, directory / "quick", PAGES, support.PAGE, 20_000),
-            post(stack, directory / "slow", 4096, support.PAGE, 5_000, "--layer", "delay=300us"),
+            post(stack, directory / "quick", PAGES, support.PAGE, 6_000),
+            post(stack, directory / "slow", 4096, support.PAGE, 3_000, "--layer", "delay=300us"),
         ]
         huge = 16
         if stack.enter_context(huge_pages(huge * clients, or_none=True)):
             pages = huge * HUGE // support.PAGE
-            posts.append(post(stack, directory / "huge", pages, HUGE, 200))
+            posts.append(post(stack, directory / "huge", pages, HUGE, 150))
         before = {one.name: one.memory.digest() for one in posts}
         held = {one.name: descriptors(one.daemon.process.pid) for one in posts}
         own: dict[str, int] = {}

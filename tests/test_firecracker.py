@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import soak
 import support
 from support import (
     NOBODY,
@@ -254,6 +255,12 @@ def test_removals_race_with_everything_on_huge_pages(tmp_path: Path) -> None:
     with huge_pages(16), served(memory) as daemon, Vmm(door(daemon), memory, *options) as vmm:
         assert vmm.right("storm 300 4 1")["removed"]
         vmm.right("read 0 16 random 1 kernel")
+
+
+def test_soak_in_short() -> None:
+    """`make soak`, for a moment."""
+    for name, done in soak.soak(3.0, seed=1, clients=2).items():
+        assert done["clients"] > 0 and done["removed"] > 0, name
 
 
 def test_a_page_given_back_before_it_was_read(memory: Memory) -> None:
