@@ -6,8 +6,9 @@ import json
 import os
 import re
 import threading
+from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -97,9 +98,27 @@ class Vmm:
                 self.quit()
 
 
-def descriptors(pid: int) -> int:
-    """How many files a process has open."""
-    return len(os.listdir(f"/proc/{pid}/fd"))  # noqa: PTH208
+def descriptors(pid: int) -> Counter[str]:
+    """What a process has open: how many of each kind."""
+    found: Counter[str] = Counter()
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(FileNotFoundError):
+            found[re.sub(r"\d+", "", str(link.readlink()))] += 1
+    return found
+
+
+def given_back(pid: int, before: Counter[str]) -> None:
+    """Waits until a server has nothing open that it had not before. (Threads that start have files
+    open for a moment, so there may be less.)"""
+    try:
+        support.until(lambda: descriptors(pid) <= before, "giving back descriptors")
+    except AssertionError as error:
+        raise AssertionError(f"{before} became {descriptors(pid)}") from error
+
+
+def free_huge_pages() -> int:
+    found = re.search(r"HugePages_Free:\s+(\d+)", Path("/proc/meminfo").read_text())
+    return int(found[1]) if found else 0
 
 
 @contextmanager
@@ -113,7 +132,6 @@ def huge_pages(count: int, *, or_none: bool = False) -> Iterator[bool]:
         return
     count += SPARE
     with support.sysctl("vm.nr_hugepages", str(int(knob.read_text()) + count)):
-        free = re.search(r"HugePages_Free:\s+(\d+)", Path("/proc/meminfo").read_text())
-        enough = free is not None and int(free[1]) >= count
+        enough = free_huge_pages() >= count
         need("hugetlb", enough or or_none, f"{count} pages of 2 MiB are not to be had")
         yield enough
