@@ -35,7 +35,7 @@ PATIENCE = 60.0
 """Seconds after which something that must happen has not."""
 
 # What a machine that is said to run the whole suite has.
-REQUIRED = {"userfaultfd", "root", "cc", "setpriv", "prlimit"}
+REQUIRED = {"userfaultfd", "fuse", "root", "cc", "setpriv", "prlimit"}
 
 
 def need(name: str, condition: object, reason: str) -> None:
@@ -59,6 +59,11 @@ def need_userfaultfd() -> None:
 
         way = _core.probe()[0]
     need("userfaultfd", way, "this process can have no userfaultfd; see `pagekit doctor`")
+
+
+def need_fuse() -> None:
+    able = os.geteuid() == 0 and os.access("/dev/fuse", os.R_OK | os.W_OK)
+    need("fuse", able, "needs to mount a file system in user space")
 
 
 @functools.cache

@@ -147,7 +147,7 @@ def test_the_end_says_who_was_attached(memory: Memory) -> None:
     "arguments, status, words",
     [
         (["serve"], 2, "Missing argument 'SPEC'"),
-        (["serve", "zero:1M"], 2, "Missing option '--socket'"),
+        (["serve", "zero:1M"], 2, "there is no way in"),
         (["serve", "zero:1M", "--socket", "s", "--run"], 2, "belong together"),
         (["serve", "zero:1M", "--socket", "s", "--", "true"], 2, "belong together"),
         (["serve", "file:/no/such/file", "--socket", "s"], 6, "No such file"),

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import support
 
+from pagekit import Template, WorkingSet
 from pagekit.errors import ForkDied
 from pagekit.sandbox import Qemu, Snapshot, memory
 from pagekit.sandbox.rundir import sweep
@@ -42,14 +43,22 @@ def pagekit(place: Path, *arguments: object, status: int = 0) -> tuple[str, str]
         return support.ended(process, status)
 
 
-def children(owner: int) -> list[int]:
-    """The processes that must end with ``owner``, and have not."""
+def need(backend: str) -> None:
+    """Skip a test on a machine that does not have what a backend needs."""
+    if backend in ("share", "copy"):
+        support.need_userfaultfd()
+    if backend == "mount":
+        support.need_fuse()
+
+
+def children(owner: int, place: Path) -> list[int]:
+    """The processes that must end with ``owner``, which runs in ``place``, and have not."""
     found = []
     for process in Path("/proc").iterdir():
         with suppress(OSError):
-            if f"PAGEKIT_OWNER={owner}".encode() in (process / "environ").read_bytes().split(b"\0"):
+            if f"TMPDIR={place}".encode() in (process / "environ").read_bytes().split(b"\0"):
                 found.append(int(process.name))
-    return found
+    return [pid for pid in found if pid != owner]
 
 
 def test_boot_forks(snapshot: Snapshot, place: Path) -> None:
@@ -79,6 +88,54 @@ def test_boot_for_people(snapshot: Snapshot, place: Path) -> None:
     assert "backend: share" in err
 
 
+@pytest.mark.parametrize("backend", ["auto", "mount"])
+def test_working_sets(backend: str, snapshot: Snapshot, place: Path, tmp_path: Path) -> None:
+    """Recorded once and again in one file, and replayed."""
+    support.need_userfaultfd()
+    need(backend)
+    file = tmp_path / "working-set"
+    boot = ("boot", snapshot.directory, "--exec", "result = sum(data[::4096])", "--json")
+    answers = set()
+    for recordings in (1, 2):
+        out, err = pagekit(place, *boot, "--record", file)
+        recorded = WorkingSet.load(file)
+        assert recorded.recordings == recordings
+        assert recorded.critical_pages == recorded.pages > 10240
+        assert f"{recorded.pages} of {recordings} recordings" in err
+        answers.add(json.loads(out)["forks"][0]["result"])
+    out, err = pagekit(place, *boot, "--backend", backend, "--working-set", file, "--forks", 3)
+    report = json.loads(out)
+    assert report["backend"] == ("share" if backend == "auto" else backend)
+    answers |= {fork["result"] for fork in report["forks"]}
+    assert len(answers) == 1
+
+
+def test_working_sets_that_do_not_fit(snapshot: Snapshot, place: Path, tmp_path: Path) -> None:
+    support.need_userfaultfd()
+    boot = ("boot", snapshot.directory)
+    file = tmp_path / "working-set"
+    for option in ("--record", "--working-set"):
+        if option == "--working-set":
+            file.write_bytes(b"nonsense")
+            _, err = pagekit(place, *boot, option, file, status=7)
+            assert "working set" in err
+            record_another(file)
+        _, err = pagekit(place, *boot, option, file, "--backend", "plain", status=2)
+        assert "no pages are served" in err
+        if option == "--record":
+            record_another(file)
+        before = file.read_bytes()
+        _, err = pagekit(place, *boot, option, file, "--exec", "pass", status=7)
+        assert "record it anew" in err
+        assert file.read_bytes() == before
+
+
+def record_another(file: Path) -> None:
+    """A working set of another template."""
+    with Template("zero:1048576") as template:
+        template.record().finish().save(file)
+
+
 def test_code_that_raises(snapshot: Snapshot, place: Path) -> None:
     out, err = pagekit(place, "boot", snapshot.directory, "--exec", "1 / 0", "--json", status=9)
     assert "raised" in json.loads(out)["forks"][0]["error"]
@@ -106,10 +163,9 @@ def test_bad_arguments(
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("backend", ["plain", "share"])
+@pytest.mark.parametrize("backend", ["plain", "share", "mount"])
 def test_interrupted(number: int, backend: str, snapshot: Snapshot, place: Path) -> None:
-    if backend == "share":
-        support.need_userfaultfd()
+    need(backend)
     process = support.start(
         [
             *(*PAGEKIT, "boot", snapshot.directory, "--forks", 3, "--backend", backend),
@@ -119,36 +175,39 @@ def test_interrupted(number: int, backend: str, snapshot: Snapshot, place: Path)
     )
     with support.stopping(process):
         # As many run at once as there are processors.
-        support.until(lambda: children(process.pid), "forks run")
+        support.until(lambda: children(process.pid, place), "forks run")
         process.send_signal(number)
         started = time.monotonic()
         out, err = support.ended(process, 128 + number)
         assert time.monotonic() - started < 20
         assert not out
         assert "Traceback" not in err
-        assert not children(process.pid)
+        assert not children(process.pid, place)
 
 
 def test_interrupted_while_a_guest_boots(tmp_path: Path, guest: Any, place: Path) -> None:
     process = support.start([*PAGEKIT, "boot", "--save", tmp_path / "new"], {"TMPDIR": str(place)})
     with support.stopping(process):
-        support.until(lambda: children(process.pid), "the guest boots")
+        support.until(lambda: children(process.pid, place), "the guest boots")
         process.send_signal(signal.SIGINT)
         support.ended(process, 130)
-        assert not children(process.pid)
+        assert not children(process.pid, place)
     assert [path.name for path in tmp_path.iterdir()] == ["place"]
 
 
-def test_killed(snapshot: Snapshot, place: Path) -> None:
+@pytest.mark.parametrize("backend", ["plain", "share", "mount"])
+def test_killed(backend: str, snapshot: Snapshot, place: Path) -> None:
     """Its forks end with it; its run directory is swept away by the next that comes along."""
+    need(backend)
     process = support.start(
-        [*PAGEKIT, "boot", snapshot.directory, "--exec", "time.sleep(600)"], {"TMPDIR": str(place)}
+        [*PAGEKIT, "boot", snapshot.directory, "--backend", backend, "--exec", "time.sleep(600)"],
+        {"TMPDIR": str(place)},
     )
     with support.stopping(process):
-        support.until(lambda: children(process.pid), "a fork runs")
+        support.until(lambda: children(process.pid, place), "a fork runs")
         process.kill()
         process.wait()
-        support.until(lambda: not children(process.pid), "it ended")
+        support.until(lambda: not children(process.pid, place), "it ended")
     left = list(place.iterdir())
     assert left
     assert sorted(sweep(place)) == sorted(left)
@@ -156,6 +215,7 @@ def test_killed(snapshot: Snapshot, place: Path) -> None:
 
 def test_demo(guest: Any, place: Path) -> None:
     support.need_userfaultfd()
+    support.need_fuse()
     out, err = pagekit(place, "demo", "--quick", "--forks", 20, "--json")
     report = json.loads(out)
     assert report["accelerator"] in ("tcg", "kvm")
@@ -163,20 +223,33 @@ def test_demo(guest: Any, place: Path) -> None:
     assert report["forks"] == 20
     assert report["template_unchanged"]
     assert report["answers_checked"] >= 4 * 20
-    assert set(report["local"]) == {"eager", "map_private", "lazy", "warm"}
+    assert set(report["local"]) == {"eager", "map_private", "lazy", "replay", "warm", "mount"}
     for name, arm in report["local"].items():
         for what in ("ready_s", "resume_to_answer_s"):
             assert 0 < arm[what]["min"] <= arm[what]["median"] <= arm[what]["max"]
         assert arm["guest_private_kib_1"] > 0
         assert arm["guest_private_kib_20"] > 0
         assert (arm["demand_faults"] > 100) == (name == "lazy")
-        assert (arm["bytes_read"] > 32 << 20) == (name in ("lazy", "eager"))
+        assert (arm["bytes_read"] > 32 << 20) == (name in ("lazy", "replay", "eager"))
     assert report["host_kib_20"]["map_private"] > 0
-    shared, plain = (
-        report["local"][name]["guest_private_kib_20"] for name in ("warm", "map_private")
+    shared, mounted, plain = (
+        report["local"][name]["guest_private_kib_20"] for name in ("warm", "mount", "map_private")
     )
     assert shared < 1.1 * plain
+    assert mounted < 1.1 * plain
     assert report["local"]["warm"]["fetches"] < 30
+    assert set(report["remote"]) == {"eager", "lazy", "replay"}
+    for name, arm in report["remote"].items():
+        for figures in (arm, arm["forks_20"]):
+            ready = [figures[f"{which}ready_s"]["median"] for which in ("", "median_", "last_")]
+            assert 0 < ready[0] <= ready[1] <= ready[2]
+            assert figures["bytes_needed"] > 34 << 20
+            assert figures["bytes_moved"] >= 0.98 * figures["bytes_needed"]
+            assert (figures["bytes_moved"] > 640 << 20) == (name == "eager")
+            assert (figures["bytes_prefetched"] > 34 << 20) == (name == "replay")
+            assert (figures["demand_faults"] == 0) == (name == "eager")
+            assert figures["requests"] > 0
+    assert all(goal["value"] > 0 for goal in report["goals"])
     assert err
 
 

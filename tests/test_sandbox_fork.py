@@ -28,12 +28,23 @@ from pagekit.errors import (
     SnapshotError,
     UsageError,
 )
-from pagekit.sandbox import Backing, Eager, Fleet, Plain, Qemu, Served, Snapshot, choose
+from pagekit.sandbox import (
+    Backing,
+    Eager,
+    Fleet,
+    Mounted,
+    Plain,
+    Qemu,
+    Served,
+    Snapshot,
+    choose,
+    mount_in,
+)
 from pagekit.sandbox.guest_agent import DATA_PAGES, PAGE_SIZE, data_page
 
 SUM = f"result = sum(data[::{PAGE_SIZE}])"
 RIGHT = str(sum(data_page(page)[0] for page in range(DATA_PAGES)))
-BACKINGS = ("plain", "eager", "share", "copy")
+BACKINGS = ("plain", "eager", "share", "copy", "mount")
 
 
 @contextmanager
@@ -42,6 +53,15 @@ def backing(name: str, snapshot: Snapshot, run: Path) -> Iterator[Backing]:
         yield Plain()
     elif name == "eager":
         yield Eager()
+    elif name == "mount":
+        support.need_fuse()
+        (run / "mount").mkdir()
+        with (
+            pagekit.Template(f"file:{snapshot.memory}") as template,
+            pagekit.Server(template, mount=mount_in(run / "mount")) as server,
+        ):
+            yield Mounted(server)
+            template.audit()
     else:
         support.need_userfaultfd()
         with (
@@ -385,14 +405,21 @@ def test_saving_without_space(size: str, snapshot: Snapshot, tmp_path: Path) -> 
 
 
 def test_choosing_a_backing(snapshot: Snapshot, run: Path) -> None:
-    with choose(snapshot, "auto", run / "socket") as (chosen, reason):
+    with choose(snapshot, "auto", run) as (chosen, reason):
         assert chosen.name == "plain"
         assert reason
-    with pytest.raises(UsageError, match="nonsense"), choose(snapshot, "nonsense", run / "socket"):
-        pass
+    for name, more, said in (
+        ("nonsense", {}, "nonsense"),
+        ("plain", {"recording": True}, "served"),
+    ):
+        with pytest.raises(UsageError, match=said), choose(snapshot, name, run, **more):
+            pass
     support.need_userfaultfd()
-    for name in ("share", "copy"):
-        with choose(snapshot, name, run / "socket") as (chosen, reason):
+    with choose(snapshot, "auto", run, recording=True) as (chosen, reason):
+        assert chosen.name == "share"
+    support.need_fuse()
+    for name in ("share", "copy", "mount"):
+        with choose(snapshot, name, run) as (chosen, reason):
             assert chosen.name == name
             with Qemu.fork(snapshot, chosen) as fork:
                 assert fork.exec(SUM).result == RIGHT

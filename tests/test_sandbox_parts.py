@@ -15,9 +15,10 @@ import time
 from pathlib import Path
 
 import pytest
+import support
 
 from pagekit.errors import AgentError, SandboxError
-from pagekit.sandbox import RunDirectory, machine, memory, sparse
+from pagekit.sandbox import RunDirectory, machine, memory, sparse, warden
 from pagekit.sandbox.agent import Agent
 from pagekit.sandbox.channel import Channel, Closed, Malformed
 from pagekit.sandbox.process import Child
@@ -202,6 +203,83 @@ def test_what_a_child_said(tmp_path: Path) -> None:
     assert child.wait(10) == 3
     assert child.log() == "one\ntwo"
     child.kill()
+
+
+# The warden
+
+_OWNER = """
+import os, sys, threading
+from pathlib import Path
+from pagekit.sandbox.process import Child
+
+def child():
+    return Child(["sleep", "600"], environment={}, fds=(), log=Path(sys.argv[1]) / "log")
+
+def main(how):
+    made = []
+    thread = threading.Thread(target=lambda: made.append(child()))
+    thread.start()
+    thread.join()
+    # A copy of this process that lives on must not keep the child alive.
+    copy = os.fork()
+    if not copy:
+        other = child()
+        print(os.getpid(), other.pid, flush=True)
+        threading.Event().wait()
+    print(os.getpid(), made[0].pid, flush=True)
+    if how == "exit":
+        sys.exit()
+    threading.Event().wait()
+
+main(sys.argv[2])
+"""
+
+
+def alive(pid: int) -> bool:
+    """Whether it has not ended, as a zombie has."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize("how", ["killed", "exit"])
+def test_children_end_with_their_owner_and_no_other(how: str, tmp_path: Path) -> None:
+    """Made by a thread that has ended since; their owner has a forked copy, which lives on."""
+    process = support.start([sys.executable, "-c", _OWNER, tmp_path, how], {})
+    with support.stopping(process):
+        assert process.stdout is not None
+        lines = [process.stdout.readline().split() for _ in range(2)]
+        children = {int(owner): int(child) for owner, child in lines}
+        mine = children.pop(process.pid)
+        ((copy, its),) = children.items()
+        try:
+            if how == "killed":
+                assert alive(mine)
+                process.kill()
+            process.wait(support.PATIENCE)
+            support.until(lambda: not alive(mine), "the child ends")
+            assert alive(copy)
+            assert alive(its)
+        finally:
+            os.kill(copy, signal.SIGKILL)
+        support.until(lambda: not alive(its), "the child of the copy ends")
+
+
+def test_a_warden_that_died(tmp_path: Path) -> None:
+    def child() -> Child:
+        return Child(["sleep", "600"], environment={}, fds=(), log=tmp_path / "log")
+
+    first = child()
+    group = os.getpgid(first.pid)
+    assert group == warden.group() != os.getpgid(0)
+    os.kill(group, signal.SIGKILL)
+    support.until(lambda: not alive(group), "it died")
+    second = child()
+    assert os.getpgid(second.pid) == warden.group() != group
+    for one in (first, second):
+        assert alive(one.pid)
+        one.kill()
 
 
 # Arguments

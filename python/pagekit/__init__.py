@@ -23,14 +23,19 @@ from . import errors
 if TYPE_CHECKING:
     from . import sandbox as sandbox
     from .client import owner_environment, plain_environment, shim_path
-    from .server import Server
+    from .server import Mount, Server
     from .template import Template
+    from .working_set import Recording, Replay, WorkingSet
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Mount",
+    "Recording",
+    "Replay",
     "Server",
     "Template",
+    "WorkingSet",
     "errors",
     "owner_environment",
     "plain_environment",
@@ -40,6 +45,10 @@ __all__ = [
 
 # Resolved on first use, so that `import pagekit` is light and needs no compiled extension.
 _LAZY = {
+    "Mount": "server",
+    "Recording": "working_set",
+    "Replay": "working_set",
+    "WorkingSet": "working_set",
     "Server": "server",
     "Template": "template",
     "owner_environment": "client",

@@ -4,55 +4,120 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from ._native import core
 from .client import shim_path
+from .errors import UsageError
 from .template import Template
 
 
-class Server:
-    """Serves a template to every program that preloads the shim and attaches at ``socket``.
+@dataclass(frozen=True)
+class Mount:
+    """How to mount a template's memory as a file, for any program that maps it privately.
 
-    The engine runs in threads of this process, written in Rust: they never need the GIL, so nothing
-    that Python does delays a fault. When the server closes, or this process ends in any way, the
-    programs that are attached end too, with a message on their stderr and status 69; their memory
-    is never zeros where content belongs.
+    Attributes:
+        directory: an empty directory, on which the file system is mounted.
+        name: of the file in it.
+        mode: of the file. Who may write can *open* it for writing, which QEMU before 8.2 does even
+            for a private mapping. No write ever succeeds, but a shared mapping can spoil pages for
+            all others; this is noticed, and ends the mount. Without write bits it is impossible.
+        passthrough: ``auto``, ``never`` or ``always``: whether the kernel serves the file by itself
+            where the source is a local file, or all of the template is loaded already. Needs Linux
+            6.9, CAP_SYS_ADMIN, and a mode without write bits.
+        readahead: bytes that the kernel reads around a page that was touched. Requests beside the
+            working set are refused while one is recorded, and while one is replayed.
+    """
+
+    directory: str | os.PathLike[str]
+    name: str = "memory"
+    mode: int = 0o400
+    passthrough: str = "auto"
+    readahead: int = 128 << 10
+
+
+class Server:
+    """Serves a template to every program that comes in by one of the ways that are given.
+
+    ``socket`` is for programs that preload the shim, ``firecracker`` for VMMs that hand over a
+    userfaultfd of their own, ``mount`` for everything that can map a file. The engine runs in
+    threads of this process, written in Rust: they never need the GIL, so nothing that Python does
+    delays a fault.
+
+    When the server closes, or this process ends in any way, programs with the shim end too, with a
+    message on their stderr and status 69; who has the mounted file mapped gets SIGBUS for every
+    page that the kernel has not cached. VMMs are killed when the server closes; if this process
+    dies, what they have is served no more, and they wait. Memory is never zeros where content
+    belongs.
 
     Args:
         template: what to serve. It must stay open as long as the server.
         socket: path of the Unix socket to make, 107 bytes at most; only this user can connect,
             unless ``owner`` or ``mode`` say otherwise.
-        backend: ``share``, ``copy``, ``plain``, or ``auto``, which takes the best that works here
-            (see :attr:`backend` and :attr:`reason`).
-        owner: user id, or (user id, group id), to give the socket to: the one that the programs run
-            as, where that is another one.
-        mode: permissions of the socket.
+        firecracker: path of a socket for any number of Firecrackers (``backend_path`` of
+            ``PUT /snapshot/load``), or several: one for each, if they must not meet. Memory is
+            copied into each of them: a page that twenty have read exists twenty times.
+        mount: directory in which the memory is to be a file (see :attr:`mount_path`), or a
+            :class:`Mount` that says more. It is shared by all who map it, as with ``share``, and
+            they need not trust each other.
+        backend: how programs with the shim get the memory: ``share``, ``copy``, ``plain``, or
+            ``auto``, which takes the best that works here (see :attr:`backend`, :attr:`reason`).
+        owner: user id, or (user id, group id), to give sockets and file to: the one that the
+            programs run as, where that is another one.
+        mode: permissions of the sockets.
+        allow: user ids; of those who can connect, nobody else is let in. Everybody if empty.
 
     Raises:
-        AddressInUse: another server answers at ``socket``.
+        AddressInUse: another server answers at a socket.
         PermissionDenied: a served backend was asked for, and userfaultfd is not to be had (the hint
-            names the knob); or the socket may not be given to ``owner``.
-        UsageError: no such backend.
+            names the knob); or a socket may not be given to ``owner``.
+        UsageError: no such backend, or no way in; no empty directory to mount on.
+        Unsupported: there is no FUSE here, or no passthrough where it was demanded.
     """
 
     def __init__(
         self,
         template: Template,
-        socket: str | os.PathLike[str],
+        socket: str | os.PathLike[str] | None = None,
         *,
+        firecracker: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = (),
+        mount: str | os.PathLike[str] | Mount | None = None,
         backend: str = "auto",
         owner: int | tuple[int, int] | None = None,
         mode: int = 0o600,
+        allow: Sequence[int] = (),
     ) -> None:
+        if isinstance(firecracker, str | os.PathLike):
+            firecracker = [firecracker]
+        if isinstance(mount, str | os.PathLike):
+            mount = Mount(mount)
         self.template = template
-        self.socket = Path(socket)
-        given_to = (owner, None) if isinstance(owner, int) else owner
-        self._core = core().Server(template._core, self.socket, backend, given_to, mode)
-        self.backend, self.reason = self._core.backend()
-        """How programs get the memory (``share``, ``copy`` or ``plain``), and why."""
+        self.socket = None if socket is None else Path(socket)
+        self.firecracker = [Path(path) for path in firecracker]
+        ways = {
+            "socket": self.socket,
+            "firecracker": self.firecracker,
+            "backend": backend,
+            "owner": (owner, None) if isinstance(owner, int) else owner,
+            "mode": mode,
+            "allow": list(allow),
+            "mount": mount and {**vars(mount), "directory": Path(mount.directory)},
+        }
+        self._core = core().Server(template._core, ways)
+        self.backend: str | None
+        self.reason: str | None
+        self.backend, self.reason = self._core.backend() or (None, None)
+        """How programs with the shim get the memory (``share``, ``copy`` or ``plain``), and why;
+        None without a socket for them."""
+        self.mount_path: Path | None
+        self.mount_plan: str | None
+        self.mount_path, self.mount_plan = self._core.mount() or (None, None)
+        """The mounted file, and whether its pages are ``cached`` by the kernel, which asks for them
+        once, or come by ``passthrough``; None without a mount."""
 
     def environment(self, stub: str | os.PathLike[str], *, backend: str = "auto") -> dict[str, str]:
         """The variables that make a program's private mapping of ``stub`` one of the template.
@@ -60,7 +125,15 @@ class Server:
         ``stub`` is a file of at least the mapped size, of this program alone: its content does not
         matter, and what the program punches out of it concerns nobody else. The program ends when
         this process does.
+
+        Raises:
+            UsageError: the server has no socket for programs with the shim.
         """
+        if self.socket is None:
+            raise UsageError(
+                "this server has no socket for programs with the shim",
+                hint="give Server(template, socket)",
+            )
         return {
             "LD_PRELOAD": str(shim_path()),
             "PAGEKIT_FILE": str(Path(stub).resolve()),
@@ -96,4 +169,10 @@ class Server:
         self.close()
 
     def __repr__(self) -> str:
-        return f"Server({self.template!r}, {str(self.socket)!r}, backend={self.backend!r})"
+        ways = {
+            "socket": self.socket,
+            "firecracker": self.firecracker,
+            "mount": self.mount_path,
+        }
+        given = ", ".join(f"{name}={way}" for name, way in ways.items() if way)
+        return f"Server({self.template!r}, {given}, backend={self.backend!r})"

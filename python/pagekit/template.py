@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from ._native import core
+from .working_set import Recording, Replay, WorkingSet
 
 PAGE_SIZE = 4096
 """Bytes in a page."""
@@ -20,8 +21,8 @@ class Template:
 
     Args:
         spec: where the pages come from: ``file:PATH`` or ``zero:SIZE``.
-        layers: pieces around the source, outermost first: ``stats``, ``delay=2ms``, ``fail=3``,
-            ``pass``.
+        layers: pieces around the source, outermost first: ``stats``, ``delay=2ms,1GB/s,16``
+            (a store that far away, that fast, with so many requests at once), ``fail=3``, ``pass``.
         deadline: seconds after which a page is given up whose fetch still fails.
 
     Raises:
@@ -53,9 +54,50 @@ class Template:
         """
         return bytes(self._core.read(offset, length))
 
-    def load(self) -> None:
-        """Fetches everything that is not there yet. Raises as :meth:`read` does."""
-        self._core.load()
+    def load(self, *, request: int = 1 << 20, parallel: int | None = None) -> None:
+        """Fetches everything that is not there yet. Raises as :meth:`read` does.
+
+        Args:
+            request: bytes of one read of the source, 2 MiB at most.
+            parallel: reads at once; as many as suit the source if None.
+        """
+        self._core.load(request, parallel)
+
+    def record(self) -> Recording:
+        """Begins to record which pages forks demand, instead of what was recorded before.
+
+        Pages come one by one while it lasts, so that each is demanded itself. Over ``share``, pages
+        that are in the template already never trap and are not seen: begin with an empty template.
+
+        Raises:
+            SourceError, IntegrityError: the source cannot be asked what it is.
+        """
+        return Recording(self._core.record())
+
+    def replay(
+        self,
+        working_set: WorkingSet,
+        *,
+        rest: bool = False,
+        rate: int | None = None,
+        parallel: int | None = None,
+    ) -> Replay:
+        """Fetches the pages of ``working_set`` ahead, in the background, for all forks at once.
+
+        What is critical also goes on, as it comes, into memory that has to be filled itself:
+        targets of ``copy``, and the kernel's cache of a mount, those that attach later included.
+
+        Args:
+            working_set: what to fetch; it must have been recorded of the same content.
+            rest: fetch also what was demanded only after "ready", into the template's file.
+            rate: bytes a second at most; as fast as the source is if None.
+            parallel: reads at once; as many as suit the source if None, leaving some to demand.
+
+        Raises:
+            IntegrityError: the working set is of another template.
+            SourceError: the source cannot be asked what it is.
+        """
+        return Replay(self._core.replay(working_set._core, rest, rate, parallel))
 
     def audit(self) -> None:
         """Compares the shared file with the record of what was published.

@@ -8,7 +8,8 @@ use std::time::Duration;
 
 use pagekit::delivery::Delivery;
 use pagekit::error::Error;
-use pagekit::{server, template};
+use pagekit::template::replay;
+use pagekit::{server, template, working_set};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
@@ -87,9 +88,9 @@ impl Template {
         Ok(PyBytes::new(py, &buffer))
     }
 
-    fn load(&self, py: Python<'_>) -> PyResult<()> {
+    fn load(&self, py: Python<'_>, request: u64, parallel: Option<usize>) -> PyResult<()> {
         let template = self.get()?;
-        py.detach(|| template.load()).map_err(|error| raised(py, &error))
+        py.detach(|| template.load(request, parallel)).map_err(|error| raised(py, &error))
     }
 
     fn audit(&self, py: Python<'_>) -> PyResult<()> {
@@ -101,9 +102,167 @@ impl Template {
         Ok(serde_json::to_string(&self.get()?.statistics()).unwrap_or_default())
     }
 
+    fn record(&self, py: Python<'_>) -> PyResult<Recording> {
+        let template = self.get()?;
+        let recorder = py.detach(|| template.record()).map_err(|error| raised(py, &error))?;
+        Ok(Recording { template, recorder })
+    }
+
+    fn check(&self, py: Python<'_>, set: &WorkingSet) -> PyResult<()> {
+        let template = self.get()?;
+        let check = || set.0.check(template.identity()?, template.whole().pages);
+        py.detach(check).map_err(|error| raised(py, &error))
+    }
+
+    fn replay(
+        &self,
+        py: Python<'_>,
+        set: &WorkingSet,
+        rest: bool,
+        rate: Option<u64>,
+        parallel: Option<usize>,
+    ) -> PyResult<Replay> {
+        let template = self.get()?;
+        let options = replay::Options { rest, rate, parallel };
+        let replay = py.detach(|| template.replay(&set.0, options));
+        replay.map(Replay).map_err(|error| raised(py, &error))
+    }
+
     fn close(&self, py: Python<'_>) {
         let template = self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take();
-        py.detach(|| drop(template));
+        py.detach(|| {
+            if let Some(replay) = template.as_ref().and_then(|template| template.current_replay()) {
+                replay.cancel();
+            }
+            drop(template);
+        });
+    }
+}
+
+/// Runs as (first page, pages), phase by phase.
+type Phases = Vec<Vec<(u64, u64)>>;
+
+#[pyclass(frozen, module = "pagekit._core")]
+struct WorkingSet(working_set::WorkingSet);
+
+#[pymethods]
+impl WorkingSet {
+    #[staticmethod]
+    fn load(py: Python<'_>, path: PathBuf) -> PyResult<WorkingSet> {
+        let set = py.detach(|| working_set::WorkingSet::load(&path));
+        set.map(WorkingSet).map_err(|error| raised(py, &error))
+    }
+
+    fn save(&self, py: Python<'_>, path: PathBuf) -> PyResult<()> {
+        py.detach(|| self.0.save(&path)).map_err(|error| raised(py, &error))
+    }
+
+    fn union(&self, py: Python<'_>, other: &WorkingSet) -> PyResult<WorkingSet> {
+        self.0.union(&other.0).map(WorkingSet).map_err(|error| raised(py, &error))
+    }
+
+    fn equals(&self, other: &WorkingSet) -> bool {
+        self.0 == other.0
+    }
+
+    /// Identity, recordings, critical pages, pages.
+    fn described(&self) -> (String, u32, u64, u64) {
+        let set = &self.0;
+        (set.identity().to_string(), set.recordings(), set.critical_pages(), set.pages())
+    }
+
+    /// Critical phases, and others.
+    fn phases(&self) -> (Phases, Phases) {
+        let plain = |phases: &[Vec<pagekit::page::Run>]| {
+            let runs = phases.iter().map(|runs| runs.iter().map(|run| (run.start, run.pages)));
+            runs.map(Iterator::collect).collect()
+        };
+        (plain(self.0.critical()), plain(self.0.rest()))
+    }
+}
+
+#[pyclass(frozen, module = "pagekit._core")]
+struct Recording {
+    template: Arc<template::Template>,
+    recorder: Arc<working_set::Recorder>,
+}
+
+#[pymethods]
+impl Recording {
+    fn ready(&self) {
+        self.recorder.ready();
+    }
+
+    fn stop(&self) {
+        self.template.stop_recording();
+    }
+
+    fn working_set(&self, settle: Option<f64>, time: Option<f64>) -> PyResult<WorkingSet> {
+        let duration = |seconds| {
+            Duration::try_from_secs_f64(seconds)
+                .map_err(|error| PyValueError::new_err(error.to_string()))
+        };
+        let until = match (settle, time) {
+            (Some(settle), _) => working_set::Until::Settled(duration(settle)?),
+            (None, Some(time)) => working_set::Until::Time(duration(time)?),
+            (None, None) => working_set::Until::TheEnd,
+        };
+        Ok(WorkingSet(self.recorder.working_set(until)))
+    }
+}
+
+#[pyclass(frozen, module = "pagekit._core")]
+struct Replay(Arc<replay::Replay>);
+
+#[pymethods]
+impl Replay {
+    fn wait(&self, py: Python<'_>, seconds: f64) -> PyResult<bool> {
+        let time = Duration::try_from_secs_f64(seconds)
+            .map_err(|error| PyValueError::new_err(format!("timeout: {error}")))?;
+        py.detach(|| self.0.wait(time)).map_err(|error| raised(py, &error))
+    }
+
+    fn cancel(&self, py: Python<'_>) {
+        py.detach(|| self.0.cancel());
+    }
+
+    fn statistics(&self) -> String {
+        serde_json::to_string(&self.0.statistics()).unwrap_or_default()
+    }
+}
+
+/// A dictionary of what [`server::Ways`] has.
+#[derive(FromPyObject)]
+#[pyo3(from_item_all)]
+struct Ways {
+    socket: Option<PathBuf>,
+    firecracker: Vec<PathBuf>,
+    backend: String,
+    owner: Option<(u32, Option<u32>)>,
+    mode: u32,
+    allow: Vec<u32>,
+    mount: Option<MountPoint>,
+}
+
+/// A dictionary of what [`server::mount::Options`] has.
+#[derive(FromPyObject)]
+#[pyo3(from_item_all)]
+struct MountPoint {
+    directory: PathBuf,
+    name: String,
+    mode: u32,
+    passthrough: String,
+    readahead: u64,
+}
+
+impl MountPoint {
+    fn options(
+        self,
+        owner: Option<(u32, Option<u32>)>,
+    ) -> pagekit::error::Result<server::mount::Options> {
+        let MountPoint { directory, name, mode, passthrough, readahead } = self;
+        let passthrough = passthrough.parse()?;
+        Ok(server::mount::Options { directory, name, owner, mode, passthrough, readahead })
     }
 }
 
@@ -120,27 +279,33 @@ impl Server {
 #[pymethods]
 impl Server {
     #[new]
-    fn new(
-        py: Python<'_>,
-        template: &Template,
-        socket: PathBuf,
-        backend: &str,
-        owner: Option<(u32, Option<u32>)>,
-        mode: u32,
-    ) -> PyResult<Server> {
+    fn new(py: Python<'_>, template: &Template, ways: Ways) -> PyResult<Server> {
         let template = template.get()?;
-        let socket = server::Address { path: socket, owner, mode, allow: vec![] };
-        let ways = server::Ways { shim: Some(socket), backend: backend.to_owned() };
+        let Ways { socket, firecracker, backend, owner, mode, allow, mount } = ways;
+        let mount = mount.map(|mount| mount.options(owner)).transpose();
+        let mount = mount.map_err(|error| raised(py, &error))?;
+        let address = |path| server::Address { path, owner, mode, allow: allow.clone() };
+        let ways = server::Ways {
+            shim: socket.map(address),
+            firecracker: firecracker.into_iter().map(address).collect(),
+            mount,
+            backend,
+        };
         let server = py
             .detach(|| server::Server::start(template, delivery(), ways))
             .map_err(|error| raised(py, &error))?;
         Ok(Server(std::sync::Mutex::new(Some(Arc::new(server)))))
     }
 
-    fn backend(&self) -> PyResult<(&'static str, String)> {
+    fn backend(&self) -> PyResult<Option<(&'static str, String)>> {
         let server = self.get()?;
-        let (backend, reason) = server.backend().unwrap_or_default();
-        Ok((backend, reason.to_owned()))
+        Ok(server.backend().map(|(backend, reason)| (backend, reason.to_owned())))
+    }
+
+    /// The file, and `cached` or `passthrough`.
+    fn mount(&self) -> PyResult<Option<(PathBuf, &'static str)>> {
+        let server = self.get()?;
+        Ok(server.mount().map(|mount| (mount.path().to_owned(), mount.plan().0)))
     }
 
     fn statistics(&self) -> PyResult<String> {
@@ -182,6 +347,9 @@ fn probe() -> (Option<&'static str>, Vec<String>, bool, Option<String>, Option<S
 fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<Template>()?;
     module.add_class::<Server>()?;
+    module.add_class::<WorkingSet>()?;
+    module.add_class::<Recording>()?;
+    module.add_class::<Replay>()?;
     module.add_function(wrap_pyfunction!(probe, module)?)?;
     Ok(())
 }

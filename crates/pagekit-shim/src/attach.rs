@@ -3,7 +3,7 @@
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::path::Path;
 
-use pagekit::wire::{Message, LARGEST};
+use pagekit::wire::shim::{Message, LARGEST};
 use rustix::net::{
     connect, socket_with, sockopt, AddressFamily, SocketAddrUnix, SocketFlags, SocketType,
 };

@@ -17,7 +17,7 @@ use std::cell::UnsafeCell;
 use std::sync::MutexGuard;
 
 use pagekit::page::PAGE;
-use pagekit::wire::Message;
+use pagekit::wire::shim::Message;
 use uffd::Userfaultfd;
 
 use crate::attach::Connection;

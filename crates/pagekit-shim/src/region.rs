@@ -26,7 +26,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use libc::{c_int, c_void};
 use pagekit::page::{complement, Run, PAGE};
-use pagekit::wire::{Mapping, Message};
+use pagekit::wire::shim::{Mapping, Message};
 use uffd::{Access, Errno, Opening, RegisterMode, Userfaultfd};
 
 use crate::attach::Connection;

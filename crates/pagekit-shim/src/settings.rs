@@ -5,7 +5,7 @@ use std::os::fd::BorrowedFd;
 use std::path::PathBuf;
 use std::sync::OnceLock;
 
-use pagekit::wire::Wish;
+use pagekit::wire::shim::Wish;
 
 /// What the environment asks for.
 #[derive(Debug)]

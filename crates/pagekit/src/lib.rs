@@ -2,15 +2,16 @@
 //!
 //! | room | what | may know |
 //! |---|---|---|
-//! | [`page`], [`error`], [`thread`] | pages, runs, errors, threads | nothing of ours |
+//! | [`page`], [`page_set`], [`error`], [`thread`] | pages, runs, sets of pages, errors, threads | nothing of ours |
 //! | [`source`], [`layer`] | where bytes come from; what wraps them | page, error |
 //! | [`stack`] | spec strings into stacks; names every source and layer | source, layer |
-//! | [`working_set`] | pages demanded before "ready": recording, union, file | page, error |
+//! | [`working_set`] | pages demanded before "ready": recording, union, file | page, source |
 //! | [`delivery`] | what userfaultfd can do for this process | `uffd` |
 //! | [`template`] | a stack, its shared page cache, fetches in flight, replay | stack, delivery, working_set |
 //! | [`backend`] | how bytes get into a target | template |
 //! | [`engine`] | the event loop, targets, regions, outcomes | backend, template |
 //! | [`wire`] | messages between client and server, bytes ↔ values | page |
+//! | [`door`] | the Unix sockets at which clients come in, and who may | error |
 //! | [`client`] | what brings targets: the shim's handshake | engine, wire |
 //! | [`server`] | a template, an engine and a socket together | everything above |
 //!
@@ -19,11 +20,12 @@
 pub mod backend;
 pub mod client;
 pub mod delivery;
+pub mod door;
 pub mod engine;
 pub mod error;
 pub mod layer;
 pub mod page;
-mod page_set;
+pub mod page_set;
 pub mod server;
 pub mod source;
 pub mod stack;

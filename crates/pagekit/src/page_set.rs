@@ -4,12 +4,14 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::page::Run;
 
+/// Numbers of pages, put in by many threads.
 #[derive(Debug)]
-pub(crate) struct PageSet {
+pub struct PageSet {
     words: Box<[AtomicU64]>,
 }
 
 impl PageSet {
+    /// Room for the pages below `pages`.
     pub(crate) fn new(pages: u64) -> PageSet {
         PageSet { words: (0..pages.div_ceil(64)).map(|_| AtomicU64::new(0)).collect() }
     }

@@ -11,10 +11,11 @@
 //! |---|---|
 //! | `pass` | [`crate::layer::pass`] |
 //! | `stats` | [`crate::layer::stats`] |
-//! | `delay=TIME` | [`crate::layer::delay`] |
+//! | `delay=TIME[,RATE][,N]` | [`crate::layer::delay`] |
 //! | `fail=N`, `fail=always`, `fail=page:P` | [`crate::layer::fail`] |
 //!
-//! Sizes take the suffixes K, M, G (powers of 1024), times `us`, `ms`, `s`.
+//! Sizes take the suffixes K, M, G (powers of 1024), times `us`, `ms`, `s`, rates `B/s`, `kB/s`, `MB/s`,
+//! `GB/s` (powers of 1000).
 
 use std::path::Path;
 use std::sync::Arc;
@@ -26,7 +27,7 @@ use crate::page::PAGE;
 use crate::source::{file, zero, Source};
 
 const SOURCES: &str = "file:PATH, zero:SIZE";
-const LAYERS: &str = "pass, stats, delay=TIME, fail=N, fail=always, fail=page:P";
+const LAYERS: &str = "pass, stats, delay=TIME[,RATE][,N], fail=N, fail=always, fail=page:P";
 
 /// Builds the stack that `spec` and `layers` (outermost first) describe.
 ///
@@ -71,9 +72,9 @@ fn wrap(layer: &str, next: Next) -> Result<Arc<dyn Source>> {
     match (name, argument) {
         ("pass", None) => Ok(Arc::new(pass::Pass::new(next))),
         ("stats", None) => Ok(Arc::new(stats::Stats::new(next))),
-        ("delay", argument) => match argument.and_then(time) {
-            Some(time) => Ok(Arc::new(delay::Delay::new(next, time))),
-            None => wrong("delay=2ms"),
+        ("delay", argument) => match argument.and_then(model) {
+            Some(model) => Ok(Arc::new(delay::Delay::new(next, model))),
+            None => wrong("delay=2ms or delay=2ms,1GB/s,16"),
         },
         ("fail", argument) => match argument.and_then(rule) {
             Some(rule) => Ok(Arc::new(fail::Fail::new(next, rule))),
@@ -91,6 +92,34 @@ fn rule(text: &str) -> Option<fail::Rule> {
         Some(page) => page.parse().ok().map(fail::Rule::Page),
         None => text.parse().ok().map(fail::Rule::First),
     }
+}
+
+/// `TIME[,RATE][,N]`
+fn model(text: &str) -> Option<delay::Model> {
+    let mut parts = text.split(',').peekable();
+    let latency = time(parts.next()?)?;
+    let rate = match parts.peek() {
+        Some(part) if part.ends_with("B/s") => Some(rate(parts.next()?)?),
+        _ => None,
+    };
+    let in_flight = match parts.next() {
+        Some(part) => Some(part.parse().ok().filter(|most| *most > 0)?),
+        None => None,
+    };
+    parts.next().is_none().then_some(delay::Model { latency, rate, in_flight })
+}
+
+/// Bytes a second: `800kB/s`, `100MB/s`, `1.5GB/s`. Never 0.
+pub fn rate(text: &str) -> Option<u64> {
+    let digits = text.strip_suffix("B/s")?;
+    let (digits, unit) = match digits.as_bytes().last()? {
+        b'k' => (&digits[..digits.len() - 1], 1e3),
+        b'M' => (&digits[..digits.len() - 1], 1e6),
+        b'G' => (&digits[..digits.len() - 1], 1e9),
+        _ => (digits, 1.0),
+    };
+    let rate = digits.parse::<f64>().ok()? * unit;
+    (1.0..1e15).contains(&rate).then_some(rate as u64)
 }
 
 /// Bytes: `4096`, `64K`, `2M`, `1G`.
@@ -140,6 +169,11 @@ mod tests {
             ("zero:99999999999G", none),
             ("zero:4K", &["delay"]),
             ("zero:4K", &["delay=-1ms"]),
+            ("zero:4K", &["delay=1ms,1GB"]),
+            ("zero:4K", &["delay=1ms,0"]),
+            ("zero:4K", &["delay=1ms,0B/s"]),
+            ("zero:4K", &["delay=1ms,16,1GB/s"]),
+            ("zero:4K", &["delay=1ms,1GB/s,16,"]),
             ("zero:4K", &["fail=maybe"]),
             ("zero:4K", &["pass=1"]),
             ("zero:4K", &["cache"]),
@@ -151,11 +185,19 @@ mod tests {
     }
 
     #[test]
-    fn sizes_and_times() {
+    fn sizes_times_and_rates() {
         assert_eq!(size("2M"), Some(2 << 20));
         assert_eq!(size(""), None);
         assert_eq!(time("250us"), Some(Duration::from_micros(250)));
         assert_eq!(time("1.5s"), Some(Duration::from_millis(1500)));
         assert_eq!(time("5"), None);
+        assert_eq!(rate("1.5GB/s"), Some(1_500_000_000));
+        assert_eq!(rate("100B/s"), Some(100));
+        for wrong in ["1G/s", "B/s", "-1kB/s", "NaNB/s", "infB/s", "1e99GB/s"] {
+            assert_eq!(rate(wrong), None, "{wrong}");
+        }
+        let far = model("2ms,1GB/s,16").unwrap();
+        assert_eq!((far.rate, far.in_flight), (Some(1_000_000_000), Some(16)));
+        assert_eq!(model("2ms,16").unwrap().rate, None);
     }
 }

@@ -10,6 +10,7 @@ use common::*;
 use pagekit::page::PAGE;
 use pagekit::template::cache_file::Protection;
 use pagekit::template::Template;
+use pagekit::template::USUAL_REQUEST;
 use rustix::fs::{fallocate, ftruncate, FallocateFlags, Mode, OFlags};
 use rustix::io::Errno;
 use rustix::mm::{mmap, MapFlags, ProtFlags};
@@ -138,7 +139,7 @@ fn the_descriptor_of_a_sealed_file_cannot_write_even_when_opened_for_writing() {
 #[test]
 fn a_sealed_file_is_filled_through_its_alias() {
     let template = sealed_template();
-    template.load().unwrap();
+    template.load(USUAL_REQUEST, None).unwrap();
     let mapping = Mapping::of(&template, template.whole());
     for page in 0..8 {
         assert_eq!(touch(mapping.at(page)), first_byte(page));

@@ -10,7 +10,7 @@ use common::*;
 use pagekit::error::Error;
 use pagekit::page::PAGE;
 use pagekit::server::{Server, Ways};
-use pagekit::wire::{Mapping as Way, Message, Wish, LARGEST};
+use pagekit::wire::shim::{Mapping as Way, Message, Wish, LARGEST};
 use rustix::net::{connect, socket_with, AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use uffd::{passing, Access, Features, Opening, RegisterMode, Userfaultfd};
 

@@ -11,7 +11,7 @@ use common::*;
 use pagekit::delivery::Delivery;
 use pagekit::error::Error;
 use pagekit::page::{Run, PAGE};
-use pagekit::template::{Template, Waiter, Want};
+use pagekit::template::{Template, Waiter, Want, USUAL_REQUEST};
 use uffd::{Features, RegisterMode};
 
 /// Reads a page of the template's file through a mapping that is not registered, as no client may.
@@ -80,7 +80,7 @@ fn only_the_page_that_fails_fails() {
         assert_eq!(read_page(&template, page).unwrap(), content(page), "page {page}");
     }
     assert!(read_page(&template, 5).is_err());
-    assert!(template.load().is_err());
+    assert!(template.load(USUAL_REQUEST, None).is_err());
     template.audit().unwrap();
 }
 
@@ -133,7 +133,7 @@ fn zero_runs_are_not_fetched() {
     let file = template_file(90, &holes);
     let template = open(&spec(&file), &["stats"], DEADLINE);
     assert_eq!(template.zero_runs(), [holes[0], holes[2]]);
-    template.load().unwrap();
+    template.load(USUAL_REQUEST, None).unwrap();
     for page in 0..90 {
         let hole = holes.iter().any(|hole| hole.contains(page));
         let expected = if hole { vec![0; PAGE as usize] } else { content(page) };
@@ -206,7 +206,7 @@ fn publication_is_atomic_to_every_mapping() {
                 assert!(fetch.attempt().is_none());
             }
         }
-        template.load().unwrap();
+        template.load(USUAL_REQUEST, None).unwrap();
         over.store(true, SeqCst);
     });
     for page in 0..2048 {
@@ -268,7 +268,7 @@ fn assert_damaged(template: &Arc<Template>) {
     for page in [0, template.whole().pages - 1] {
         assert!(read_page(template, page).is_err(), "present or not, nothing is served");
     }
-    assert!(template.load().is_err());
+    assert!(template.load(USUAL_REQUEST, None).is_err());
     assert!(template.audit().is_err());
     assert!(template.statistics().damaged.is_some());
 }
@@ -327,7 +327,7 @@ fn without_userfaultfd_a_template_can_still_be_loaded() {
     let file = template_file(300, &[Run::between(100, 200)]);
     let delivery = Delivery::without("for a test");
     let template = Template::open::<&str>(&spec(&file), &[], &delivery, DEADLINE).unwrap();
-    template.load().unwrap();
+    template.load(USUAL_REQUEST, None).unwrap();
     let plain = Mapping::of(&template, template.whole());
     for page in 0..300 {
         let expected = if (100..200).contains(&page) { 0 } else { first_byte(page) };

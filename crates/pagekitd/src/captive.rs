@@ -10,6 +10,7 @@ use pagekit::error::{Error, Result};
 use pagekit::stack;
 
 use crate::options::Options;
+use crate::recording::Recording;
 use crate::signals::{unblock_all, Signals};
 
 /// A sparse file of the template's size, for the command to map; removed when dropped.
@@ -30,23 +31,29 @@ impl Drop for Stub {
 }
 
 /// The command that attaches a program by hand.
-pub fn how_to_attach(options: &Options) -> String {
+pub fn how_to_attach(options: &Options, socket: &Path) -> String {
     format!(
         "truncate -s SIZE stub; LD_PRELOAD={} PAGEKIT_FILE=stub PAGEKIT_SOCKET={} ./program stub",
         shim(options).display(),
-        options.socket.display()
+        socket.display()
     )
 }
 
-/// Runs the command to its end, and gives its status. SIGINT and SIGTERM are passed on to it.
-pub fn run(options: &Options, signals: &Signals) -> Result<ExitCode> {
+/// Runs the command to its end, and gives its status. Signals are passed on to it, but for the one that
+/// is meant for a recording.
+pub fn run(
+    options: &Options,
+    socket: &Path,
+    signals: &Signals,
+    recording: Option<&Recording>,
+) -> Result<ExitCode> {
     let failed = |what: &str, error| Error::Kernel { what: what.to_owned(), error };
     let size = stack::open::<&str>(&options.spec, &[])?.capabilities().size;
-    let mut path = options.socket.clone().into_os_string();
+    let mut path = socket.as_os_str().to_owned();
     path.push(".stub");
     let stub = Stub::create(path.into(), size)
         .map_err(|error| failed("cannot make the file for the command to map", error))?;
-    let mut child = start(options, &stub.0)?;
+    let mut child = start(options, socket, &stub.0)?;
     loop {
         match signals.wait() {
             libc::SIGCHLD => {
@@ -59,6 +66,9 @@ pub fn run(options: &Options, signals: &Signals) -> Result<ExitCode> {
                     return Ok(ExitCode::from(code.unwrap_or(1) as u8));
                 }
             }
+            libc::SIGUSR1 if recording.is_some() => {
+                recording.into_iter().for_each(Recording::ready);
+            }
             // SAFETY: kill(2) with the pid of a child that was not waited for yet.
             signal => unsafe {
                 libc::kill(child.id() as i32, signal);
@@ -67,7 +77,7 @@ pub fn run(options: &Options, signals: &Signals) -> Result<ExitCode> {
     }
 }
 
-fn start(options: &Options, stub: &Path) -> Result<Child> {
+fn start(options: &Options, socket: &Path, stub: &Path) -> Result<Child> {
     let (program, arguments) = options
         .command
         .split_first()
@@ -83,7 +93,7 @@ fn start(options: &Options, stub: &Path) -> Result<Child> {
     command
         .env("LD_PRELOAD", shim(options))
         .env("PAGEKIT_FILE", stub)
-        .env("PAGEKIT_SOCKET", &options.socket)
+        .env("PAGEKIT_SOCKET", socket)
         .env("PAGEKIT_OWNER", std::process::id().to_string());
     // SAFETY: only calls that are allowed between fork and exec.
     unsafe {

@@ -5,6 +5,7 @@
 
 mod captive;
 mod options;
+mod recording;
 mod signals;
 
 use std::process::ExitCode;
@@ -13,10 +14,14 @@ use std::time::Duration;
 
 use pagekit::delivery::Delivery;
 use pagekit::error::{Error, Result};
-use pagekit::server::{Address, Server, Ways};
+use pagekit::server::mount::Mount;
+use pagekit::server::Server;
 use pagekit::template::Template;
+use pagekit::working_set::WorkingSet;
 
 use options::{Asked, Options};
+use recording::Recording;
+use signals::Signals;
 
 fn main() -> ExitCode {
     let options = match options::read() {
@@ -46,36 +51,20 @@ fn serve(options: &Options) -> Result<ExitCode> {
     let signals = signals::Signals::block();
     let delivery = Arc::new(Delivery::probe());
     let template = Template::open(&options.spec, &options.layers, &delivery, options.deadline)?;
-    let address = Address {
-        path: options.socket.clone(),
-        owner: options.owner,
-        mode: options.mode,
-        allow: vec![],
-    };
-    let server = Server::start(
-        template,
-        delivery,
-        Ways { shim: Some(address), backend: options.backend.clone() },
-    )?;
-    let (backend, reason) = server.backend().unwrap_or_default();
-    eprintln!("pagekit: serving {} at {}", options.spec, options.socket.display());
-    eprintln!("pagekit: backend {backend}: {reason}");
-    if options.json {
-        let ready = serde_json::json!({
-            "ready": true, "socket": options.socket, "backend": backend, "reason": reason,
-            "size": server.template().size(),
-        });
-        println!("{ready}");
-    } else if options.command.is_empty() {
-        eprintln!("hint: {}", captive::how_to_attach(options));
+    let recording = options.record.clone();
+    let recording =
+        recording.map(|path| Recording::begin(&template, path, options.ready)).transpose()?;
+    if let Some(path) = &options.working_set {
+        template.replay(&WorkingSet::load(path)?, options.replay)?;
     }
-
-    let code = match options.command.is_empty() {
-        true => {
-            signals.wait_for_end();
+    let server = Server::start(template, delivery, options.ways())?;
+    announce(options, &server);
+    let code = match (&options.socket, options.command.is_empty()) {
+        (Some(socket), false) => captive::run(options, socket, &signals, recording.as_ref())?,
+        _ => {
+            wait_for_end(&signals, recording.as_ref());
             ExitCode::SUCCESS
         }
-        false => captive::run(options, &signals)?,
     };
     if !options.command.is_empty() {
         // Its exit reaches the engine by another way than it reached us.
@@ -88,6 +77,7 @@ fn serve(options: &Options) -> Result<ExitCode> {
     if let Err(error) = server.template().audit() {
         eprintln!("error: {error}");
     }
+    let saved = recording.map_or(Ok(()), |recording| recording.save());
     let statistics = server.statistics();
     server.stop();
     if options.json {
@@ -101,5 +91,42 @@ fn serve(options: &Options) -> Result<ExitCode> {
             statistics.bytes_read >> 10
         );
     }
-    Ok(code)
+    saved.map(|()| code)
+}
+
+/// Says where clients come in.
+fn announce(options: &Options, server: &Server) {
+    if let (Some(socket), Some((backend, reason))) = (server.socket(), server.backend()) {
+        eprintln!("pagekit: serving {} at {}", options.spec, socket.display());
+        eprintln!("pagekit: backend {backend}: {reason}");
+    }
+    for socket in server.firecracker() {
+        eprintln!("pagekit: serving {} to Firecracker at {}", options.spec, socket.display());
+    }
+    if let Some(mount) = server.mount() {
+        let (plan, reason) = mount.plan();
+        eprintln!("pagekit: {} is {}: {plan}: {reason}", mount.path().display(), options.spec);
+    }
+    if options.json {
+        let (backend, reason) = server.backend().unzip();
+        let ready = serde_json::json!({
+            "ready": true, "socket": server.socket(), "firecracker": server.firecracker(),
+            "mount": server.mount().map(Mount::path), "backend": backend, "reason": reason,
+            "size": server.template().size(),
+        });
+        println!("{ready}");
+    } else if let (true, Some(socket)) = (options.command.is_empty(), server.socket()) {
+        eprintln!("hint: {}", captive::how_to_attach(options, socket));
+    }
+}
+
+/// Waits for SIGINT or SIGTERM.
+fn wait_for_end(signals: &Signals, recording: Option<&Recording>) {
+    loop {
+        match (signals.wait(), recording) {
+            (libc::SIGINT | libc::SIGTERM, _) => return,
+            (libc::SIGUSR1, Some(recording)) => recording.ready(),
+            _ => {}
+        }
+    }
 }

@@ -6,21 +6,47 @@ use std::time::Duration;
 
 use lexopt::prelude::*;
 use pagekit::error::{Error, Result};
+use pagekit::server::{mount, Address, Ways};
 use pagekit::stack;
+use pagekit::template::replay;
+use pagekit::working_set::Until;
 
 const HELP: &str = "\
-Serve a template's memory, page by page, to processes that preload the pagekit shim.
+Serve a template's memory, page by page, to VMMs and other programs.
 
-Usage: pagekitd SPEC --socket PATH [options] [--run CMD [ARG…]]
+Usage: pagekitd SPEC [ways in] [options] [--run CMD [ARG…]]
 
 SPEC is where the pages come from: file:PATH or zero:SIZE.
 
+Ways in, one at least:
+  --socket PATH     where programs attach that preload the shim
+  --firecracker PATH  where Firecracker connects, any number of them (repeatable: one for each, if
+                    they must not meet)
+
+  --mount DIR       a file in this directory, for any program to map privately; of it:
+  --mount-name NAME its name (default memory)
+  --mount-mode OCTAL  its mode (default 400). Who may write can open it for writing, as QEMU before
+                    8.2 does, and spoil it for the others; 600 is for those
+  --passthrough WHEN  auto, never, always: let the kernel serve it from a local file by itself
+  --readahead SIZE  what the kernel reads around a touched page (default 128K)
+
+Who may come in (only this user, unless):
+  --owner UID[:GID] give sockets and file to the user (and group) that the programs run as
+  --mode OCTAL      mode of the sockets (default 600)
+  --allow UID       of those who can connect, let in only these users (repeatable)
+
+Working sets, so that pages are there before they are asked for:
+  --record FILE     record the pages demanded; united with FILE if that is there. Saved at the end,
+                    and at SIGUSR1, which also says that the sandbox is ready
+  --ready WHEN      what is demanded later is not critical: settle=TIME (after a pause that long;
+                    default settle=500ms), time=TIME (after the first demand), exit
+  --working-set FILE  fetch the critical pages of FILE ahead
+  --rest            and the others, into the template only
+  --rate RATE       so many bytes a second at most: 100MB/s
+
 Options:
-  --socket PATH     where programs attach; only this user can, unless:
-  --owner UID[:GID] give the socket to the user (and group) that the programs run as
-  --mode OCTAL      mode of the socket (default 600)
   --layer LAYER     wrap the source, outermost first: pass, stats, delay=2ms, fail=3 (repeatable)
-  --backend NAME    auto (default), share, copy, plain
+  --backend NAME    how programs with the shim get the memory: auto (default), share, copy, plain
   --deadline TIME   give a page up when its fetch still fails after this time (default 5s)
   --json            print one JSON object when ready and one with statistics at the end
   --shim PATH       the preloaded library, for --run
@@ -30,14 +56,17 @@ Options:
 
 Examples:
   pagekitd file:memory --socket /run/pk.sock
-  pagekitd file:memory --layer delay=2ms --socket pk.sock --run ./program {file}
+  pagekitd file:memory --firecracker /run/fc.sock --owner 1000 --working-set memory.pkws
+  pagekitd file:memory --layer delay=2ms,1GB/s,16 --mount /run/pk
+  pagekitd file:memory --socket pk.sock --record memory.pkws
+  pagekitd file:memory --layer stats --socket pk.sock --run ./program {file}
 ";
 
 /// What the command line asks for.
 #[derive(Debug)]
 pub enum Asked {
     /// To serve.
-    Serve(Options),
+    Serve(Box<Options>),
     /// To print something.
     Text(String),
 }
@@ -47,14 +76,45 @@ pub enum Asked {
 pub struct Options {
     pub spec: String,
     pub layers: Vec<String>,
-    pub socket: PathBuf,
+    pub socket: Option<PathBuf>,
+    pub firecracker: Vec<PathBuf>,
+    pub mount: Option<PathBuf>,
+    /// The mount's own options; its directory is in `mount`.
+    pub mounted: mount::Options,
     pub owner: Option<(u32, Option<u32>)>,
     pub mode: u32,
+    pub allow: Vec<u32>,
+    pub record: Option<PathBuf>,
+    pub ready: Until,
+    pub working_set: Option<PathBuf>,
+    pub replay: replay::Options,
     pub backend: String,
     pub deadline: Duration,
     pub json: bool,
     pub shim: Option<PathBuf>,
     pub command: Vec<OsString>,
+}
+
+impl Options {
+    /// The ways in.
+    pub fn ways(&self) -> Ways {
+        let address = |path: &PathBuf| Address {
+            path: path.clone(),
+            owner: self.owner,
+            mode: self.mode,
+            allow: self.allow.clone(),
+        };
+        Ways {
+            shim: self.socket.as_ref().map(address),
+            firecracker: self.firecracker.iter().map(address).collect(),
+            mount: self.mount.as_ref().map(|directory| mount::Options {
+                directory: directory.clone(),
+                owner: self.owner,
+                ..self.mounted.clone()
+            }),
+            backend: self.backend.clone(),
+        }
+    }
 }
 
 /// Reads the command line.
@@ -67,13 +127,20 @@ pub fn read() -> Result<Asked> {
 
 fn parse(mut parser: lexopt::Parser) -> Result<Asked, String> {
     let mut spec = None;
-    let mut socket = None;
     let mut options = Options {
         spec: String::new(),
         layers: Vec::new(),
-        socket: PathBuf::new(),
+        socket: None,
+        firecracker: Vec::new(),
+        mount: None,
+        mounted: mount::Options { mode: 0o400, ..mount::Options::from("") },
         owner: None,
         mode: 0o600,
+        allow: Vec::new(),
+        record: None,
+        ready: Until::Settled(Duration::from_millis(500)),
+        working_set: None,
+        replay: replay::Options::default(),
         backend: "auto".to_owned(),
         deadline: Duration::from_secs(5),
         json: false,
@@ -89,7 +156,8 @@ fn parse(mut parser: lexopt::Parser) -> Result<Asked, String> {
             Long("version") => {
                 return Ok(Asked::Text(format!("pagekitd {}\n", env!("CARGO_PKG_VERSION"))))
             }
-            Long("socket") => socket = Some(PathBuf::from(parser.value().map_err(text)?)),
+            Long("socket") => options.socket = Some(parser.value().map_err(text)?.into()),
+            Long("firecracker") => options.firecracker.push(parser.value().map_err(text)?.into()),
             Long("owner") => {
                 let value = string(&mut parser)?;
                 let known = owner(&value);
@@ -98,8 +166,41 @@ fn parse(mut parser: lexopt::Parser) -> Result<Asked, String> {
             }
             Long("mode") => {
                 let value = string(&mut parser)?;
-                let mode = u32::from_str_radix(&value, 8).ok().filter(|mode| *mode <= 0o777);
-                options.mode = mode.ok_or(format!("{value:?} is no mode: 660"))?;
+                options.mode = mode(&value)?;
+            }
+            Long("mount") => options.mount = Some(parser.value().map_err(text)?.into()),
+            Long("mount-name") => options.mounted.name = string(&mut parser)?,
+            Long("mount-mode") => {
+                let value = string(&mut parser)?;
+                options.mounted.mode = mode(&value)?;
+            }
+            Long("passthrough") => {
+                let value = string(&mut parser)?;
+                options.mounted.passthrough =
+                    value.parse().map_err(|error: Error| error.to_string())?;
+            }
+            Long("readahead") => {
+                let value = string(&mut parser)?;
+                let bytes = stack::size(&value).filter(|bytes| *bytes <= 1 << 30);
+                options.mounted.readahead = bytes.ok_or(format!("{value:?} is no size: 128K"))?;
+            }
+            Long("allow") => {
+                let value = string(&mut parser)?;
+                options.allow.push(value.parse().map_err(|_| format!("{value:?} is no user id"))?);
+            }
+            Long("record") => options.record = Some(parser.value().map_err(text)?.into()),
+            Long("ready") => {
+                let value = string(&mut parser)?;
+                let until = ready(&value);
+                options.ready = until
+                    .ok_or(format!("{value:?} is no moment: settle=500ms, time=10s or exit"))?;
+            }
+            Long("working-set") => options.working_set = Some(parser.value().map_err(text)?.into()),
+            Long("rest") => options.replay.rest = true,
+            Long("rate") => {
+                let value = string(&mut parser)?;
+                let rate = stack::rate(&value);
+                options.replay.rate = Some(rate.ok_or(format!("{value:?} is no rate: 100MB/s"))?);
             }
             Long("layer") => options.layers.push(string(&mut parser)?),
             Long("backend") => options.backend = string(&mut parser)?,
@@ -121,8 +222,29 @@ fn parse(mut parser: lexopt::Parser) -> Result<Asked, String> {
         }
     }
     options.spec = spec.ok_or("SPEC is missing: where do the pages come from?")?;
-    options.socket = socket.ok_or("--socket is missing: where do programs attach?")?;
-    Ok(Asked::Serve(options))
+    if options.socket.is_none() && options.firecracker.is_empty() && options.mount.is_none() {
+        return Err("there is no way in: give --socket, --firecracker or --mount".to_owned());
+    }
+    if !options.command.is_empty() && options.socket.is_none() {
+        return Err("--run needs --socket, where the command attaches".to_owned());
+    }
+    Ok(Asked::Serve(Box::new(options)))
+}
+
+/// Octal permissions.
+fn mode(text: &str) -> Result<u32, String> {
+    let mode = u32::from_str_radix(text, 8).ok().filter(|mode| *mode <= 0o777);
+    mode.ok_or(format!("{text:?} is no mode: 660"))
+}
+
+/// `settle=TIME`, `time=TIME` or `exit`.
+fn ready(text: &str) -> Option<Until> {
+    match text.split_once('=') {
+        Some(("settle", time)) => stack::time(time).map(Until::Settled),
+        Some(("time", time)) => stack::time(time).map(Until::Time),
+        None if text == "exit" => Some(Until::TheEnd),
+        _ => None,
+    }
 }
 
 /// `UID` or `UID:GID`, in numbers.

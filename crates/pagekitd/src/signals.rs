@@ -1,6 +1,6 @@
-//! SIGINT, SIGTERM and SIGCHLD, waited for instead of handled.
+//! SIGINT, SIGTERM, SIGCHLD and SIGUSR1, waited for instead of handled.
 
-/// The three signals, blocked for this thread and all that it starts.
+/// The signals, blocked for this thread and all that it starts.
 pub struct Signals(libc::sigset_t);
 
 impl Signals {
@@ -10,7 +10,7 @@ impl Signals {
         unsafe {
             let mut set: libc::sigset_t = std::mem::zeroed();
             libc::sigemptyset(&mut set);
-            for signal in [libc::SIGINT, libc::SIGTERM, libc::SIGCHLD] {
+            for signal in [libc::SIGINT, libc::SIGTERM, libc::SIGCHLD, libc::SIGUSR1] {
                 libc::sigaddset(&mut set, signal);
             }
             libc::pthread_sigmask(libc::SIG_BLOCK, &set, std::ptr::null_mut());
@@ -24,11 +24,6 @@ impl Signals {
         // SAFETY: both are valid for the call; it fails only for an invalid set.
         unsafe { libc::sigwait(&self.0, &mut signal) };
         signal
-    }
-
-    /// Waits for SIGINT or SIGTERM.
-    pub fn wait_for_end(&self) {
-        while self.wait() == libc::SIGCHLD {}
     }
 }
 

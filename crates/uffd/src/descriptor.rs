@@ -163,9 +163,13 @@ pub fn open_device() -> io::Result<OwnedFd> {
     Ok(open(Path::new(DEVICE), OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())?)
 }
 
-/// Whether a descriptor still has to be negotiated, told from `/proc/self/fdinfo` (there is no
-/// ioctl to ask). An error means that it is no userfaultfd.
-pub fn handshake_needed(descriptor: impl AsFd) -> io::Result<bool> {
+/// The features that a descriptor was negotiated with, or none if it still has to be; told from
+/// `/proc/self/fdinfo` (there is no ioctl to ask).
+///
+/// # Errors
+/// `InvalidInput`: it is no userfaultfd. Others: there is no `/proc` to ask.
+pub fn negotiated(descriptor: impl AsFd) -> io::Result<Option<Features>> {
+    const INITIALIZED: u64 = 1 << 31;
     let path = format!("/proc/self/fdinfo/{}", descriptor.as_fd().as_raw_fd());
     let text = std::fs::read_to_string(path)?;
     // "API:\taa:80017f31:80000000000001ff": bit 31 of the features says "initialised".
@@ -177,7 +181,12 @@ pub fn handshake_needed(descriptor: impl AsFd) -> io::Result<bool> {
         .ok_or_else(|| {
             io::Error::new(io::ErrorKind::InvalidInput, "the descriptor is no userfaultfd")
         })?;
-    Ok(features & (1 << 31) == 0)
+    Ok((features & INITIALIZED != 0).then_some(Features(features & !INITIALIZED)))
+}
+
+/// Whether a descriptor still has to be negotiated; see [`negotiated`].
+pub fn handshake_needed(descriptor: impl AsFd) -> io::Result<bool> {
+    Ok(negotiated(descriptor)?.is_none())
 }
 
 /// A userfaultfd. Closing the last descriptor of one lets its memory read as zeros: see to it that
@@ -300,15 +309,25 @@ impl Userfaultfd {
     /// Whether the target's address space still exists: it goes with exit and with exec, and the
     /// kernel sends nothing then. `address` is any page-aligned address of the target.
     pub fn is_alive(&self, address: u64) -> bool {
-        self.probe_page(address) != Some(Errno::SRCH)
+        self.probe_range(address, 4096) != Some(Errno::SRCH)
     }
 
-    /// What the kernel says to a fill of the page at `address` that can never fill anything, because
-    /// its source cannot be read: ESRCH (the target is gone), EAGAIN (an event is pending), ENOENT
-    /// (not registered), EFAULT (registered, whether there is a page or not).
-    pub fn probe_page(&self, address: u64) -> Option<Errno> {
+    /// What the kernel says to a fill of `len` bytes at `start` that can never fill anything, because
+    /// its source cannot be read:
+    ///
+    /// | | |
+    /// |---|---|
+    /// | ESRCH | the target is gone |
+    /// | EAGAIN | an event is pending: nothing is known |
+    /// | ENOENT | not all of it is registered, or it is several mappings |
+    /// | EINVAL | registered memory of hugetlbfs, of which `start` and `len` are no whole pages |
+    /// | EFAULT, EEXIST | registered, whether there are pages or not |
+    ///
+    /// On hugetlbfs whole pages take a huge page out of the pool for a moment: ask for less. (All of
+    /// it but 4096 bytes asks for all of it too, as mappings there are made of whole pages.)
+    pub fn probe_range(&self, start: u64, len: u64) -> Option<Errno> {
         // SAFETY: the source is a page without any access: the kernel fills nothing.
-        unsafe { self.copy_from(address, unreadable_page(), 4096) }.errno
+        unsafe { self.copy_from(start, unreadable_page(), len as usize) }.errno
     }
 
     /// Reads all events that are pending and fit; none pending is an empty iterator.
@@ -355,14 +374,15 @@ impl Userfaultfd {
     }
 }
 
-/// A page of this process that nobody can read, made once.
+/// A page of this process that nobody can read, made once. At a low address if that is free: the
+/// kernel refuses a source whose end would lie beyond the last address, and regions are large.
 fn unreadable_page() -> *const u8 {
+    const LOW: usize = 4 << 30;
     static PAGE: OnceLock<usize> = OnceLock::new();
     *PAGE.get_or_init(|| {
-        // SAFETY: a fresh anonymous mapping at an address of the kernel's choice, never unmapped.
-        let page = unsafe {
-            mmap_anonymous(std::ptr::null_mut(), 4096, ProtFlags::empty(), MapFlags::PRIVATE)
-        };
+        // SAFETY: a fresh anonymous mapping where the kernel finds room, never unmapped.
+        let page =
+            unsafe { mmap_anonymous(LOW as *mut _, 4096, ProtFlags::empty(), MapFlags::PRIVATE) };
         page.map_or(0, |pointer| pointer as usize)
     }) as *const u8
 }

@@ -23,8 +23,8 @@ mod features;
 pub mod passing;
 
 pub use descriptor::{
-    handshake_needed, open_device, Access, Event, Events, MessageBuffer, Opening, Progress,
-    RegisterMode, Userfaultfd, DEVICE,
+    handshake_needed, negotiated, open_device, Access, Event, Events, MessageBuffer, Opening,
+    Progress, RegisterMode, Userfaultfd, DEVICE,
 };
 pub use features::Features;
 pub use rustix::io::Errno;

@@ -2,9 +2,9 @@
 //!
 //! What the kernel does and what follows from it:
 //! - Up to 253 descriptors travel with one message (`SCM_MAX_FD`).
-//! - Descriptors that find no room in the control buffer are closed by the kernel and the message
-//!   is marked `MSG_CTRUNC`; payload that finds no room is cut and marked `MSG_TRUNC`. Either is an
-//!   error here: half a message is no message.
+//! - Descriptors that find no room, in the control buffer or in the table of the process, are closed
+//!   by the kernel and the message is marked `MSG_CTRUNC`; payload that finds no room is cut and
+//!   marked `MSG_TRUNC`. Either is an error of [`receive`]: half a message is no message.
 //! - Received descriptors are close-on-exec (`MSG_CMSG_CLOEXEC`).
 
 use std::io::{self, IoSlice, IoSliceMut};
@@ -48,9 +48,31 @@ pub fn send(socket: impl AsFd, bytes: &[u8], descriptors: &[BorrowedFd<'_>]) -> 
     }
 }
 
+/// What one call received.
+#[derive(Debug)]
+pub struct Received {
+    /// Bytes; 0 is the end of the connection.
+    pub bytes: usize,
+    /// Descriptors that came along.
+    pub descriptors: Vec<OwnedFd>,
+    /// Whether something did not fit: bytes of a message, or descriptors, which are closed then.
+    pub cut: bool,
+}
+
 /// Receives one message into `buffer` and returns its length and descriptors. Length 0 is the end
 /// of the connection. A message that does not fit is an `InvalidData` error.
 pub fn receive(socket: impl AsFd, buffer: &mut [u8]) -> io::Result<(usize, Vec<OwnedFd>)> {
+    match receive_some(socket, buffer)? {
+        Received { cut: true, .. } => Err(io::Error::new(
+            io::ErrorKind::InvalidData,
+            "a message or its descriptors did not fit",
+        )),
+        Received { bytes, descriptors, .. } => Ok((bytes, descriptors)),
+    }
+}
+
+/// Like [`receive`], but what did not fit is no error. Of a stream, what does not fit comes next.
+pub fn receive_some(socket: impl AsFd, buffer: &mut [u8]) -> io::Result<Received> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST_DESCRIPTORS))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
     let received = loop {
@@ -66,11 +88,6 @@ pub fn receive(socket: impl AsFd, buffer: &mut [u8]) -> io::Result<(usize, Vec<O
             descriptors.extend(received);
         }
     }
-    if received.flags.intersects(ReturnFlags::TRUNC | ReturnFlags::CTRUNC) {
-        return Err(io::Error::new(
-            io::ErrorKind::InvalidData,
-            "a message or its descriptors did not fit",
-        ));
-    }
-    Ok((received.bytes, descriptors))
+    let cut = received.flags.intersects(ReturnFlags::TRUNC | ReturnFlags::CTRUNC);
+    Ok(Received { bytes: received.bytes, descriptors, cut })
 }

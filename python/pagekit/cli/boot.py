@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
 
+from .. import WorkingSet
 from ..errors import CodeError, PagekitError
 from ..report import console
 from ..report.forks import as_json, as_table
 from ..report.progress import Progress
-from ..sandbox import Fleet, Qemu, RunDirectory, Snapshot, choose, freeze_running, guest
+from ..sandbox import (
+    Backing,
+    Fleet,
+    Mounted,
+    Qemu,
+    RunDirectory,
+    Served,
+    Snapshot,
+    choose,
+    freeze_running,
+    guest,
+)
 from ..sandbox.guest import COMMAND_LINE
 from .ending import end_on_sigterm
 
@@ -25,9 +39,13 @@ _PATH = click.Path(path_type=Path)
 @click.option("--exec", "code", default="", metavar="CODE", help="Python to run in each fork.")
 @click.option(
     "--backend",
-    type=click.Choice(["auto", "share", "copy", "plain"]),
+    type=click.Choice(["auto", "share", "copy", "mount", "plain"]),
     default="auto",
     help="How forks get their memory.",
+)
+@click.option("--working-set", type=_PATH, metavar="FILE", help="Fetch these pages ahead.")
+@click.option(
+    "--record", type=_PATH, metavar="FILE", help="Save, or add, the pages that forks demand."
 )
 @click.option("--save", type=_PATH, metavar="DIR", help="Make a snapshot there.")
 @click.option("--kernel", type=_PATH, help="Boot this kernel; the guest of `pagekit demo` if none.")
@@ -46,6 +64,8 @@ def command(
     forks: int,
     code: str,
     backend: str,
+    working_set: Path | None,
+    record: Path | None,
     save: Path | None,
     kernel: Path | None,
     initrd: Path | None,
@@ -70,13 +90,17 @@ def command(
       pagekit boot --qmp /run/vm.qmp --save base
       pagekit boot base --forks 20 --exec 'import uuid; result = uuid.uuid4()'
       pagekit boot base --forks 3 --backend share --json
+      pagekit boot base --record base/working-set --exec 'import json'
+      pagekit boot base --working-set base/working-set --forks 20
     """
     end_on_sigterm()
     if (directory is None) == (save is None):
         raise click.UsageError("give the DIR of a snapshot to fork, or --save DIR to make one")
     if save is None:
         assert directory is not None
-        _fork(Snapshot.load(directory), forks, code, backend, timeout, json_)
+        snapshot = Snapshot.load(directory)
+        pages = WorkingSet.load(working_set) if working_set else None
+        _fork(snapshot, forks, code, backend, pages, record, timeout, json_)
         return
     if qmp is not None:
         snapshot = freeze_running(qmp, save)
@@ -123,14 +147,24 @@ def _made(snapshot: Snapshot, json_: bool) -> None:
 
 
 def _fork(
-    snapshot: Snapshot, count: int, code: str, backend: str, timeout: float, json_: bool
+    snapshot: Snapshot,
+    count: int,
+    code: str,
+    backend: str,
+    working_set: WorkingSet | None,
+    record: Path | None,
+    timeout: float,
+    json_: bool,
 ) -> None:
     """Boot forks, have each run the code, print what came of it, and raise the first error."""
     name = uuid.uuid4().hex[:8]
     names = [f"{name}-{number}" for number in range(1, count + 1)]
     with (
         RunDirectory() as run,
-        choose(snapshot, backend, run.path / "socket") as (backing, reason),
+        choose(
+            snapshot, backend, run.path, working_set=working_set, recording=record is not None
+        ) as (backing, reason),
+        _recording(backing, record),
         Progress() as progress,
         Fleet(snapshot, backing) as fleet,
     ):
@@ -153,3 +187,27 @@ def _fork(
         if isinstance(error, CodeError):
             click.echo(error.traceback.rstrip(), err=True)
         raise error
+
+
+@contextlib.contextmanager
+def _recording(backing: Backing, file: Path | None) -> Iterator[None]:
+    """Record what forks demand of a backing that serves, and add it to a file."""
+    if file is None:
+        yield
+        return
+    assert isinstance(backing, (Served, Mounted))
+    recording = backing.server.template.record()
+    # Known to be of this template before an hour of recording is lost.
+    before = WorkingSet.load(file) if file.exists() else None
+    if before is not None:
+        before.check(backing.server.template)
+    yield
+    recording.ready()
+    found = recording.finish()
+    united = found if before is None else before | found
+    united.save(file)
+    click.echo(
+        f"{file}: {found.pages} pages were demanded; it has {united.pages} "
+        f"of {united.recordings} recordings",
+        err=True,
+    )

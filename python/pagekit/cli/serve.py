@@ -2,65 +2,48 @@
 
 from __future__ import annotations
 
-import os
+from typing import Any
 
 import click
 
-from ..client import server_program, shim_path
+from .program import become_server, shared_options
 
 
 @click.command(name="serve")
 @click.argument("spec")
-@click.option("--socket", required=True, help="Where programs attach.")
-@click.option("--owner", metavar="UID[:GID]", help="Give the socket to this user (and group).")
-@click.option("--mode", metavar="OCTAL", help="Mode of the socket.  [default: 600]")
-@click.option("--layer", "layers", multiple=True, help="Wrap the source, outermost first.")
+@click.option("--socket", help="Where programs attach that preload the shim.")
+@click.option(
+    "--firecracker", metavar="PATH", multiple=True, help="Where Firecracker connects; repeatable."
+)
+@click.option("--mount", metavar="DIR", help="A directory in which the memory shall be a file.")
+@click.option("--mount-name", metavar="NAME", help="The name of that file.  [default: memory]")
+@click.option("--mount-mode", metavar="OCTAL", help="The mode of that file.  [default: 400]")
 @click.option(
     "--backend",
     type=click.Choice(["auto", "share", "copy", "plain"]),
-    default="auto",
-    show_default=True,
-    help="How programs get the memory.",
+    help="How programs with the shim get the memory.  [default: auto]",
 )
-@click.option("--deadline", default="5s", show_default=True, help="Give up a page after this time.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object when ready, one at the end.")
+@click.option("--mode", metavar="OCTAL", help="Mode of the sockets.  [default: 600]")
+@click.option("--allow", metavar="UID", multiple=True, help="Let in only these users.")
+@shared_options
 @click.option("--run", "captive", is_flag=True, help="Run COMMAND, and live and die with it.")
 @click.argument("command_line", metavar="[COMMAND]...", nargs=-1, type=click.UNPROCESSED)
-def command(
-    spec: str,
-    socket: str,
-    owner: str | None,
-    mode: str | None,
-    layers: tuple[str, ...],
-    backend: str,
-    deadline: str,
-    as_json: bool,
-    captive: bool,
-    command_line: tuple[str, ...],
-) -> None:
-    """Serve the memory SPEC, page by page, to programs that preload the shim.
+def command(spec: str, captive: bool, command_line: tuple[str, ...], **options: Any) -> None:
+    """Serve the memory SPEC, page by page, to VMMs and other programs.
 
     SPEC is where the pages come from: file:PATH or zero:SIZE. Layers are pass, stats, delay=TIME,
-    fail=N. In COMMAND, {file} stands for the file to map.
+    fail=N. In COMMAND, {file} stands for the file to map. A recording is saved at the end, and at
+    SIGUSR1, which says that the sandbox is ready.
 
     \b
     Examples:
       pagekit serve file:memory --socket /run/pk.sock
-      pagekit serve file:memory --layer delay=2ms --socket pk.sock --run -- ./program {file}
+      pagekit serve file:memory --firecracker /run/fc.sock --owner 1000
+      pagekit serve file:memory --layer delay=2ms,1GB/s,16 --mount /run/pk
+      pagekit serve file:memory --socket pk.sock --record memory.pkws
+      pagekit serve file:memory --socket pk.sock --working-set memory.pkws
+      pagekit serve file:memory --layer stats --socket pk.sock --run -- ./program {file}
     """
     if captive != bool(command_line):
         raise click.UsageError("--run and a command after -- belong together")
-    program = str(server_program())
-    arguments = [program, spec, "--socket", socket, "--backend", backend, "--deadline", deadline]
-    for option, value in (("--owner", owner), ("--mode", mode)):
-        if value is not None:
-            arguments += [option, value]
-    for layer in layers:
-        arguments += ["--layer", layer]
-    arguments += ["--shim", str(shim_path())]
-    if as_json:
-        arguments.append("--json")
-    if captive:
-        arguments += ["--run", *command_line]
-    # The server takes over this process: no Python stays around it.
-    os.execv(program, arguments)
+    become_server(spec, options, command_line)

@@ -13,7 +13,7 @@
 
 from . import guest, memory
 from .agent import Answer
-from .backing import Backing, Eager, Plain, Served, choose
+from .backing import Backing, Eager, Mounted, Plain, Served, choose, mount_in
 from .fleet import Fleet, Outcome
 from .foreign import freeze_running
 from .program import Accelerator, Program, find_qemu, pick_accelerator
@@ -28,6 +28,7 @@ __all__ = [
     "Eager",
     "Fleet",
     "Marks",
+    "Mounted",
     "Outcome",
     "Plain",
     "Program",
@@ -40,5 +41,6 @@ __all__ = [
     "freeze_running",
     "guest",
     "memory",
+    "mount_in",
     "pick_accelerator",
 ]

@@ -1,15 +1,16 @@
 """Backings: where the memory of a fork comes from.
 
-============  ====================================================================================
-:class:`Served`  page by page, on demand, from a pagekit server
-:class:`Plain`   the kernel maps the snapshot's memory file privately: no server, no copies
-:class:`Eager`   all of it is read into memory of the fork's own before the fork starts
-============  ====================================================================================
+================  ================================================================================
+:class:`Served`   page by page, on demand, from a pagekit server
+:class:`Mounted`  the same through the file that a server has mounted: QEMU runs as it is
+:class:`Plain`    the kernel maps the snapshot's memory file privately: no server, no copies
+:class:`Eager`    all of it is read into memory of the fork's own before the fork starts
+================  ================================================================================
 
 QEMU opens its memory file for writing and punches holes into it when the guest gives pages back,
-even where it maps it privately. So it never sees the snapshot: with the first two backings it opens
-a *stub*, an empty file of the same size and the fork's own, whose mapping the preloaded library
-replaces.
+even where it maps it privately. So it never sees the snapshot: as `Served` and `Plain` it opens a
+*stub*, an empty file of the same size and the fork's own, whose mapping the preloaded library
+replaces; and the mounted file takes no writes.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from . import sparse
 from .snapshot import Snapshot
 
 if TYPE_CHECKING:
+    from .. import Mount, WorkingSet
     from ..server import Server
 
 
@@ -73,8 +75,25 @@ class Served:
 
     def prepare(self, snapshot: Snapshot, run: Path) -> Prepared:
         stub = _stub(snapshot, run)
-        environment = self.server.environment(stub, backend=self.name)
-        return Prepared(str(stub), False, environment)
+        return Prepared(str(stub), False, self.server.environment(stub))
+
+
+@dataclass(frozen=True)
+class Mounted:
+    """A private mapping of the file that a server has mounted. Nothing is preloaded.
+
+    The server must mount it as :func:`mount_in` says.
+    """
+
+    server: Server
+    name: str = field(default="mount", init=False)
+
+    def prepare(self, snapshot: Snapshot, run: Path) -> Prepared:
+        if self.server.mount_path is None:
+            raise UsageError(
+                "the server has mounted nothing", hint="start it with mount=mount_in(DIR)"
+            )
+        return Prepared(str(self.server.mount_path), False, {})
 
 
 @dataclass(frozen=True)
@@ -107,37 +126,78 @@ class Eager:
                     f"cannot load the memory of {snapshot.directory}: {error}",
                     hint="free some memory, or use a backing that needs less of it",
                 ) from error
-        return Prepared(
-            f"/dev/fd/{content}", True, pagekit.owner_environment(), (content,), content
-        )
+        return Prepared(f"/dev/fd/{content}", True, {}, (content,), content)
+
+
+def mount_in(directory: str | os.PathLike[str]) -> Mount:
+    """How a server mounts memory in ``directory`` for forks that are :class:`Mounted`.
+
+    QEMU before 8.2 opens its memory file for writing, even where it maps it privately, so the mode
+    must allow its user that. Nothing is ever written.
+    """
+    return pagekit.Mount(directory, mode=0o600)
+
+
+_WANTED = ("auto", "share", "copy", "mount", "plain")
 
 
 @contextlib.contextmanager
-def choose(snapshot: Snapshot, wanted: str, socket: Path) -> Iterator[tuple[Backing, str]]:
+def choose(
+    snapshot: Snapshot,
+    wanted: str,
+    run: Path,
+    *,
+    working_set: WorkingSet | None = None,
+    recording: bool = False,
+) -> Iterator[tuple[Backing, str]]:
     """Yield the backing for forks of ``snapshot``, and in a few words why it is the one.
 
     Args:
         snapshot: what will be forked.
-        wanted: ``auto``, ``share``, ``copy`` or ``plain``.
-        socket: where a server may listen, if one is needed; it ends with the context.
+        wanted: ``auto``, ``share``, ``copy``, ``mount`` or ``plain``.
+        run: a directory for the socket, or the mount, of a server if one is needed; it ends with
+            the context.
+        working_set: fetched ahead of the forks.
+        recording: whether the forks' demands will be recorded. With this or a working set, ``auto``
+            is ``share``: of a plain mapping nobody sees which pages are demanded.
 
     Raises:
-        UsageError: ``wanted`` is none of them.
+        UsageError: ``wanted`` is none of them, or ``plain`` where pages must be served.
+        IntegrityError: the working set is of another snapshot.
         pagekit.errors.KernelError: what is wanted is not possible here.
     """
-    if wanted not in ("auto", "share", "copy", "plain"):
-        raise UsageError(f"no backend is called {wanted}", hint="auto, share, copy or plain")
+    if wanted not in _WANTED:
+        raise UsageError(f"no backend is called {wanted}", hint=", ".join(_WANTED))
+    served = recording or working_set is not None
+    if served and wanted == "plain":
+        raise UsageError(
+            "in a plain mapping no pages are served: there is nothing to record, or to fetch ahead",
+            hint="take the backend share, copy or mount",
+        )
+    backend = "share" if served and wanted == "auto" else wanted
     with contextlib.ExitStack() as stack:
         try:
             template = stack.enter_context(pagekit.Template(f"file:{snapshot.memory}"))
-            server = stack.enter_context(pagekit.Server(template, socket, backend=wanted))
+            if working_set is not None:
+                template.replay(working_set)
+            if wanted == "mount":
+                directory = run / "mount"
+                directory.mkdir(exist_ok=True)
+                server = pagekit.Server(template, mount=mount_in(directory))
+            else:
+                server = pagekit.Server(template, run / "socket", backend=backend)
+            stack.enter_context(server)
         except KernelError as error:
-            if wanted != "auto":
+            if backend != "auto":
                 raise
             choice: tuple[Backing, str] = (Plain(), f"pages cannot be served here: {error}")
         else:
-            plain = server.backend == "plain"
-            choice = (Plain() if plain else Served(server), server.reason)
+            if wanted == "mount":
+                choice = (Mounted(server), "asked for")
+            elif server.backend == "plain":
+                choice = (Plain(), str(server.reason))
+            else:
+                choice = (Served(server), str(server.reason))
         yield choice
 
 

@@ -1,4 +1,4 @@
-"""Child processes: started lean, waited for without polling, ended by descriptor."""
+"""Child processes: started lean, waited for without polling, ended by descriptor, gone with us."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from . import warden
+
 _TAIL = 4000
 
 
 class Child:
-    """A process of ours.
+    """A process of ours. When this process ends, however it does, its child is killed.
 
     Args:
         arguments: program and arguments.
@@ -44,9 +46,7 @@ class Child:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
-                # Ctrl-C at a terminal reaches its whole foreground process group. Who ends when is
-                # for us to say.
-                process_group=0,
+                process_group=warden.group(),
             )
         self.pid = self._process.pid
         self._pidfd = os.pidfd_open(self.pid)

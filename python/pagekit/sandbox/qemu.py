@@ -27,8 +27,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pagekit
-
 from ..errors import (
     AgentError,
     BootFailed,
@@ -150,9 +148,7 @@ class Qemu:
         complete = False
         try:
             content = os.memfd_create("pagekit-guest", os.MFD_CLOEXEC)
-            self._prepared = Prepared(
-                f"/dev/fd/{content}", True, pagekit.owner_environment(), (content,), content
-            )
+            self._prepared = Prepared(f"/dev/fd/{content}", True, {}, (content,), content)
             os.ftruncate(content, memory_bytes)
             self._described = {
                 "qemu": program.path,

@@ -3,9 +3,9 @@
 //! Works with every userfaultfd client. Each page read costs the target a page of its own. The
 //! kernel copies from our alias of the file, whose holes raise an error instead of giving zeros.
 
-use uffd::Userfaultfd;
+use uffd::{Progress, Userfaultfd};
 
-use super::{settle, Backend, Resolution};
+use super::{Backend, Resolution};
 use crate::page::Run;
 use crate::template::cache_file::CacheFile;
 
@@ -18,9 +18,16 @@ impl Backend for Copy {
         "copy"
     }
 
-    fn resolve(&self, uffd: &Userfaultfd, cache: &CacheFile, address: u64, run: Run) -> Resolution {
+    fn sees_template(&self) -> bool {
+        false
+    }
+
+    fn fill(&self, uffd: &Userfaultfd, cache: &CacheFile, address: u64, run: Run) -> Progress {
         // SAFETY: the pages of `run` are present, so this is initialised memory of the template.
-        let progress = unsafe { uffd.copy_from(address, cache.address(run), run.bytes() as usize) };
-        settle(uffd, address, progress, Resolution::Copied)
+        unsafe { uffd.copy_from(address, cache.address(run), run.bytes() as usize) }
+    }
+
+    fn filled(&self) -> Resolution {
+        Resolution::Copied
     }
 }

@@ -8,13 +8,16 @@
 //! A backend sees pages that are present in the template, in one piece, and a range of the target in
 //! one region; it never waits and never retries.
 
-use uffd::{Errno, Userfaultfd};
+use uffd::{Errno, Progress, Userfaultfd};
 
-use crate::page::Run;
+use crate::page::{Run, PAGE};
 use crate::template::cache_file::CacheFile;
 
 pub mod copy;
 pub mod share;
+
+/// Most bytes that are zeroed at once: those of a huge page.
+pub const MOST_ZEROS: usize = 2 << 20;
 
 /// How a resolve ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -42,29 +45,44 @@ pub trait Backend: Send + Sync + std::fmt::Debug {
     /// Its one name, as in specs and statistics.
     fn name(&self) -> &'static str;
 
-    /// Resolves the pages at `address`, which are those of `run`: all present in `cache`. Only the
-    /// first has to be there afterwards.
-    fn resolve(&self, uffd: &Userfaultfd, cache: &CacheFile, address: u64, run: Run) -> Resolution;
+    /// Whether a page in the template's file is in the target's memory too: it traps no more then, and
+    /// needs no filling ahead.
+    fn sees_template(&self) -> bool;
+
+    /// Puts the pages of `run`, all of them present in `cache`, at `address`, and wakes who waits for
+    /// them.
+    fn fill(&self, uffd: &Userfaultfd, cache: &CacheFile, address: u64, run: Run) -> Progress;
+
+    /// What a page that was filled is counted as.
+    fn filled(&self) -> Resolution;
 }
 
-/// Maps the zero page at `len` bytes from `address`; only the first page has to be there afterwards.
-pub fn zero(uffd: &Userfaultfd, address: u64, len: u64) -> Resolution {
-    settle(uffd, address, uffd.zeropage(address, len), Resolution::Zeroed)
+/// Puts zeros at `len` bytes from `address`, and wakes who waits for them. `len` is a multiple of
+/// `page_size`, the size of the target's pages, and [`MOST_ZEROS`] at most.
+pub fn zero(uffd: &Userfaultfd, address: u64, len: u64, page_size: u64) -> Progress {
+    // Never written, so it takes no memory: the kernel reads its zero page.
+    static ZEROS: [u8; MOST_ZEROS] = [0; MOST_ZEROS];
+    match page_size {
+        PAGE => uffd.zeropage(address, len),
+        // There is no zero page of this size.
+        _ => uffd.copy(address, &ZEROS[..len as usize]),
+    }
 }
 
-/// What a fill's progress means for the first page.
-fn settle(
+/// What a fill's progress means for its first page. Only that has to be there.
+pub fn settle(
     uffd: &Userfaultfd,
     address: u64,
-    progress: uffd::Progress,
-    done: Resolution,
+    page_size: u64,
+    progress: Progress,
+    filled: Resolution,
 ) -> Resolution {
     match progress.errno {
-        None => done,
+        None => filled,
         // Stopped by a page that is there already, or by an event: the first page is done.
-        Some(_) if progress.done > 0 => done,
+        Some(_) if progress.done > 0 => filled,
         // EEXIST does not wake.
-        Some(Errno::EXIST) => match uffd.wake(address, crate::page::PAGE) {
+        Some(Errno::EXIST) => match uffd.wake(address, page_size) {
             Ok(()) => Resolution::Woken,
             Err(_) => Resolution::NotCovered,
         },

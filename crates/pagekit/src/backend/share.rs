@@ -4,7 +4,7 @@
 //! so a page that any fork brought never traps again in another one, and the kernel's fault-around
 //! maps its neighbours along (MINOR and WP registrations would turn that off).
 
-use uffd::Userfaultfd;
+use uffd::{Errno, Progress, Userfaultfd};
 
 use super::{Backend, Resolution};
 use crate::page::Run;
@@ -19,19 +19,22 @@ impl Backend for Share {
         "share"
     }
 
-    fn resolve(
-        &self,
-        uffd: &Userfaultfd,
-        _cache: &CacheFile,
-        address: u64,
-        run: Run,
-    ) -> Resolution {
+    fn sees_template(&self) -> bool {
+        true
+    }
+
+    fn fill(&self, uffd: &Userfaultfd, _cache: &CacheFile, address: u64, run: Run) -> Progress {
         // No error says that the target is gone: a wake-up of nobody succeeds.
         match uffd.wake(address, run.bytes()) {
-            Ok(()) => Resolution::Shared,
-            Err(error) => Resolution::Refused(
-                uffd::Errno::from_io_error(&error).unwrap_or(uffd::Errno::INVAL),
-            ),
+            Ok(()) => Progress { done: run.bytes() as usize, errno: None },
+            Err(error) => {
+                let errno = Errno::from_io_error(&error).unwrap_or(Errno::INVAL);
+                Progress { done: 0, errno: Some(errno) }
+            }
         }
+    }
+
+    fn filled(&self) -> Resolution {
+        Resolution::Shared
     }
 }

@@ -2,8 +2,10 @@
 //!
 //! | client | what |
 //! |---|---|
-//! | [`door`] | the Unix sockets at which they come in |
+//! | [`firecracker`] | VMMs that send their userfaultfd: handshake, death |
 //! | [`shim`] | the preloaded library: attach, fork, death |
+//! | [`mount`] | a file system with the memory as a file, for programs that map it |
 
-pub mod door;
+pub mod firecracker;
+pub mod mount;
 pub mod shim;

@@ -1,4 +1,4 @@
-//! The server's side of the shim: a socket at which preloaded programs attach (see [`crate::wire`]).
+//! The server's side of the shim: a socket at which preloaded programs attach (see [`crate::wire::shim`]).
 //!
 //! Some facts, and what follows:
 //! - A userfaultfd gives no hang-up when its owner dies, and none on exec. `SO_PEERCRED` names the
@@ -26,15 +26,15 @@ use rustix::event::{eventfd, poll, EventfdFlags, PollFd, PollFlags, Timespec};
 use rustix::net::SocketType;
 use uffd::{passing, Features, Userfaultfd};
 
-use super::door::{open_pidfd, Address, Door, Peer, Visit};
 use crate::backend::{copy::Copy, share::Share, Backend};
 use crate::delivery::Delivery;
+use crate::door::{open_pidfd, Address, Door, Peer, Visit};
 use crate::engine::region::RegionMap;
 use crate::engine::{Engine, NewTarget};
 use crate::error::{Error, Result};
 use crate::page::{Run, PAGE};
-use crate::template::{zero_parts, Template};
-use crate::wire::{Mapping, Message, Wish, LARGEST, MOST_ZERO_RUNS};
+use crate::template::{zero_parts, Template, USUAL_REQUEST};
+use crate::wire::shim::{Mapping, Message, Wish, LARGEST, MOST_ZERO_RUNS};
 
 /// How long a client may be silent before it is served.
 const SILENCE: Duration = Duration::from_secs(10);
@@ -150,7 +150,7 @@ impl Listener {
         let failed =
             |error: io::Error| Error::kernel(format!("cannot listen at {}", path.display()), error);
         if plan == Plan::PlainLoaded {
-            template.load().map_err(|error| Error::Unavailable {
+            template.load(USUAL_REQUEST, None).map_err(|error| Error::Unavailable {
                 what: format!("cannot load {}", template.statistics().spec),
                 error: io::Error::other(error.to_string()),
             })?;
@@ -402,6 +402,7 @@ impl Service {
             regions: RegionMap::new(start, run),
             beacon,
             page_size: PAGE,
+            connection: None,
         };
         self.engine.add(new).map(|target| target.id).map_err(|error| error.to_string())
     }

@@ -29,8 +29,7 @@ use uffd::{Event, MessageBuffer};
 
 use super::region::RegionMap;
 use super::target::{NewTarget, Target};
-use super::{after, Fault, Shared, TargetId, Token};
-use crate::page::PAGE;
+use super::{after, Shared, TargetId, Token};
 
 /// Messages read at once: a read costs a system call, a message 32 bytes.
 const MESSAGES: usize = 64;
@@ -179,7 +178,7 @@ impl Loop<'_> {
         }
         let any = !faults.is_empty();
         for address in faults {
-            let fault = Fault::new(address, now);
+            let fault = target.fault(address, now);
             match target.beacon == Some(fault.address) {
                 // A child asks who it is: no fault of the template's memory.
                 true => target.answer_beacon(self.shared, fault),
@@ -219,6 +218,7 @@ impl Loop<'_> {
             regions,
             beacon: parent.beacon,
             page_size: parent.page_size,
+            connection: None,
         };
         let Err(error) = self.shared.add(Some(parent.id), child) else { return };
         let message = format!(
@@ -227,7 +227,9 @@ impl Loop<'_> {
         );
         self.shared.report(&message);
         if let Ok(uffd) = spare {
-            ranges.ranges().for_each(|(start, bytes)| poison_missing(&uffd, start, bytes));
+            for (start, bytes) in ranges.ranges() {
+                poison_missing(&uffd, start, bytes, parent.page_size);
+            }
         }
     }
 
@@ -302,14 +304,14 @@ impl Loop<'_> {
 }
 
 /// Makes all pages of a range raise SIGBUS that are not there.
-fn poison_missing(uffd: &uffd::Userfaultfd, start: u64, bytes: u64) {
+fn poison_missing(uffd: &uffd::Userfaultfd, start: u64, bytes: u64, page_size: u64) {
     let (mut at, end) = (start, start + bytes);
     while at < end {
         let progress = uffd.poison(at, end - at);
         at += progress.done as u64;
         match progress.errno {
             None => break,
-            Some(Errno::EXIST) => at += PAGE,
+            Some(Errno::EXIST) => at += page_size,
             Some(Errno::AGAIN) => std::thread::yield_now(),
             Some(_) => break,
         }

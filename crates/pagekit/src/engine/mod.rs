@@ -12,7 +12,9 @@
 //! once, is resolved on the loop's own thread: a second thread would cost a wake-up of tens of
 //! microseconds. Everything else goes to [`workers`], and whoever ends a fetch serves its waiters.
 
+mod ahead;
 mod event_loop;
+mod huge;
 mod outcome;
 pub mod region;
 mod target;
@@ -31,8 +33,11 @@ use rustix::event::epoll::{self, EventData, EventFlags};
 use rustix::event::{eventfd, EventfdFlags};
 
 use crate::error::{Error, Result};
+use crate::page::Run;
 use crate::template::Fetch;
+pub use ahead::Ahead;
 pub use outcome::{Histogram, Outcome, Outcomes};
+pub(crate) use target::kill;
 use target::Fault;
 pub use target::{NewTarget, Target, TargetId};
 use workers::Workers;
@@ -48,6 +53,8 @@ pub struct Statistics {
     pub targets: Vec<TargetStatistics>,
     /// Targets that there have been.
     pub targets_ever: u64,
+    /// Pages put into targets ahead of demand.
+    pub ahead_pages: u64,
     /// The last things that went wrong, oldest first.
     pub reports: Vec<String>,
 }
@@ -63,8 +70,12 @@ pub struct TargetStatistics {
     pub pid: Option<i32>,
     /// Its backend.
     pub backend: &'static str,
+    /// Bytes of its own pages.
+    pub page_size: u64,
     /// Faults read from it.
     pub faults: u64,
+    /// Pages put into it ahead of demand.
+    pub ahead_pages: u64,
 }
 
 /// The engine. Dropping it stops it.
@@ -84,12 +95,27 @@ pub(crate) struct Shared {
     fewer_targets: Condvar,
     ever: AtomicU64,
     faults: AtomicU64,
+    ahead: AtomicU64,
+    /// Told of every target that a client brings.
+    greeter: Mutex<Option<Greeter>>,
     /// Whether a target may have deferred faults, so that the loop need not look for them in vain.
     deferred: AtomicBool,
     outcomes: Arc<Outcomes>,
     reports: Mutex<Vec<String>>,
     workers: Workers,
     stopped: AtomicBool,
+}
+
+/// What [`Engine::on_target`] was given.
+type Greet = dyn Fn(&Arc<Target>) + Send + Sync;
+
+#[derive(Clone)]
+struct Greeter(Arc<Greet>);
+
+impl std::fmt::Debug for Greeter {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Greeter")
+    }
 }
 
 /// How many reports are kept.
@@ -139,6 +165,8 @@ impl Engine {
                 fewer_targets: Condvar::new(),
                 ever: AtomicU64::new(0),
                 faults: AtomicU64::new(0),
+                ahead: AtomicU64::new(0),
+                greeter: Mutex::default(),
                 deferred: AtomicBool::new(false),
                 outcomes: Arc::default(),
                 reports: Mutex::default(),
@@ -158,9 +186,49 @@ impl Engine {
     /// # Errors
     /// `Kernel` when its descriptors cannot be watched.
     pub fn add(&self, new: NewTarget) -> Result<Arc<Target>> {
-        self.shared
+        let target = self
+            .shared
             .add(None, new)
-            .map_err(|error| Error::kernel("cannot watch a target's descriptors", error))
+            .map_err(|error| Error::kernel("cannot watch a target's descriptors", error))?;
+        let greeter = self.shared.greeter.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        if let Some(Greeter(greet)) = greeter {
+            greet(&target);
+        }
+        Ok(target)
+    }
+
+    /// Calls `greet`, and nothing that was given before, for every target that a client brings from
+    /// now on, when it is served already. (Forked children have what their parents have, and are not
+    /// greeted.) On the client's thread: it must not wait.
+    pub fn on_target(&self, greet: impl Fn(&Arc<Target>) + Send + Sync + 'static) {
+        *self.shared.greeter.lock().unwrap_or_else(PoisonError::into_inner) =
+            Some(Greeter(Arc::new(greet)));
+    }
+
+    /// The targets that live, by number.
+    pub fn living(&self) -> Vec<Arc<Target>> {
+        let mut targets: Vec<_> = self.shared.targets().values().cloned().collect();
+        targets.sort_by_key(|target| target.id);
+        targets
+    }
+
+    /// Puts what of `run` is in the template (or zero by its map) into a target, wherever it belongs
+    /// and is missing, as far as the target has not given it back; see [`Target::can_be_filled`]. Works
+    /// on the caller's thread, lets demand go first, and waits for no source. In huge pages the run is
+    /// rounded outwards.
+    pub fn install_ahead(&self, target: &Target, run: Run) -> Ahead {
+        target.install_ahead(&self.shared, run)
+    }
+
+    /// Ends the process of a target that nobody will serve any more, and says why. Never this process.
+    pub fn kill(&self, target: &Target, why: &str) {
+        let process = target.pid().map_or("pid unknown".to_owned(), |pid| format!("pid {pid}"));
+        let outcome = match target.kill_process() {
+            Ok(()) => "was killed".to_owned(),
+            Err(error) => format!("could not be killed ({error})"),
+        };
+        self.report(&format!("target {} ({process}) {outcome}: {why}", target.id));
+        target.end(&self.shared);
     }
 
     /// A living target.
@@ -216,7 +284,9 @@ impl Engine {
                 parent: target.parent,
                 pid: target.pid(),
                 backend: target.backend.name(),
+                page_size: target.page_size,
                 faults: target.faults.load(Relaxed),
+                ahead_pages: target.ahead.load(Relaxed),
             })
             .collect();
         targets.sort_by_key(|target| target.id);
@@ -225,6 +295,7 @@ impl Engine {
             outcomes: Arc::clone(&self.shared.outcomes),
             targets,
             targets_ever: self.shared.ever.load(Relaxed),
+            ahead_pages: self.shared.ahead.load(Relaxed),
             reports: self.shared.reports.lock().unwrap_or_else(PoisonError::into_inner).clone(),
         }
     }
@@ -301,7 +372,10 @@ impl Shared {
     }
 
     fn count(&self, outcome: Outcome, fault: &Fault) {
-        self.outcomes.count(outcome, fault.born.elapsed());
+        let time = fault.born.elapsed();
+        self.outcomes.count(outcome, time);
+        // What was done for one of them woke the others.
+        (0..fault.joined).for_each(|_| self.outcomes.count(Outcome::Woken, time));
     }
 
     /// Wakes the loop, so that it looks at the deferred faults again.

@@ -1,9 +1,17 @@
-//! The region map of a target: which page of the template, if any, belongs at an address.
+//! The region map of a target: which page of the template, if any, belongs at an address, and at
+//! which addresses a page of the template belongs.
 //!
 //! Events change it: REMOVE turns content into zeros for good, UNMAP forgets, REMAP moves. A region
-//! that an event touches in the middle is cut in pieces, so a lookup never crosses a change.
+//! that an event touches in the middle is cut in pieces, so a lookup never crosses a change. A guest
+//! that gives back single pages here and there (a balloon) leaves pieces by the hundred thousand, so
+//! pieces that go on where their neighbour ends are joined again.
+//!
+//! The way back, from pages to addresses, is for filling ahead only. It is not kept up to date: a
+//! *home* is where the client put pages of the template, and the pieces say whether they still belong
+//! there. What was moved since is not found, and faults.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use crate::page::{Run, PAGE};
 
@@ -29,17 +37,44 @@ struct Piece {
     belongs: Belongs,
 }
 
+/// Where the client put pages of the template.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Home {
+    run: Run,
+    address: u64,
+    /// The last end of a run, of this home and all before it.
+    reach: u64,
+}
+
 /// Pieces by their first address; they never overlap.
 #[derive(Debug, Clone, Default)]
 pub struct RegionMap {
     pieces: BTreeMap<u64, Piece>,
+    /// By the first page of their run.
+    homes: Arc<[Home]>,
 }
 
 impl RegionMap {
     /// A map of one region: `run` of the template at `start`.
     pub fn new(start: u64, run: Run) -> RegionMap {
+        RegionMap::of([(start, run)])
+    }
+
+    /// A map of regions that do not overlap: a first address and the pages that belong there, each.
+    pub fn of(regions: impl IntoIterator<Item = (u64, Run)>) -> RegionMap {
         let mut map = RegionMap::default();
-        map.put(start, start + run.bytes(), Belongs::Template(run.start));
+        let mut homes = Vec::new();
+        for (address, run) in regions {
+            map.put(address, address + run.bytes(), Belongs::Template(run.start));
+            homes.push(Home { run, address, reach: 0 });
+        }
+        homes.sort_unstable_by_key(|home| home.run.start);
+        let mut reach = 0;
+        for home in &mut homes {
+            reach = reach.max(home.run.end());
+            home.reach = reach;
+        }
+        map.homes = homes.into();
         map
     }
 
@@ -52,11 +87,42 @@ impl RegionMap {
         })
     }
 
+    /// Where pages of `run` belong, as addresses and the pages from there on; rising by pages. A page
+    /// may belong at several addresses, or at none.
+    pub(crate) fn places(&self, run: Run) -> Vec<(u64, Run)> {
+        let mut places = Vec::new();
+        let after = self.homes.partition_point(|home| home.run.start < run.end());
+        for home in self.homes[..after].iter().rev().take_while(|home| home.reach > run.start) {
+            let start = home.run.start.max(run.start);
+            let end = home.run.end().min(run.end());
+            let mut page = start;
+            while page < end {
+                let address = home.address + (page - home.run.start) * PAGE;
+                let pages = match self.find(address) {
+                    Some(place) => {
+                        let pages = (place.bytes / PAGE).min(end - page);
+                        if place.belongs == Belongs::Template(page) {
+                            places.push((address, Run { start: page, pages }));
+                        }
+                        pages
+                    }
+                    None => self.empty_from(address).min(end - page),
+                };
+                page += pages;
+            }
+        }
+        places.sort_unstable_by_key(|(address, run)| (run.start, *address));
+        places
+    }
+
     /// REMOVE: from now on zeros belong there.
     pub(crate) fn remove(&mut self, start: u64, end: u64) {
         for (from, piece) in self.cut_out(start, end) {
             self.put(from, piece.end, Belongs::Zero);
+            self.join(from);
         }
+        // Zeros that were there before may begin where these end.
+        self.join(end);
     }
 
     /// UNMAP: nothing of ours is there any more.
@@ -70,8 +136,11 @@ impl RegionMap {
         // Whatever was at the new place was unmapped by the move.
         self.cut_out(to, to.saturating_add(len));
         for (start, piece) in moved {
-            self.put(start - from + to, piece.end - from + to, piece.belongs);
+            let (start, end) = (start - from + to, piece.end - from + to);
+            self.put(start, end, piece.belongs);
+            self.join(start);
         }
+        self.join(to.saturating_add(len));
     }
 
     /// All addresses of the map, as start and length.
@@ -107,6 +176,22 @@ impl RegionMap {
             self.put(start, at, piece.belongs);
             self.put(at, piece.end, advance(piece.belongs, at - start));
         }
+    }
+
+    /// Makes one piece of the two that meet at `at`, if the second goes on where the first ends.
+    fn join(&mut self, at: u64) {
+        let Some(second) = self.pieces.get(&at).copied() else { return };
+        let Some((start, first)) = self.pieces.range_mut(..at).next_back() else { return };
+        if first.end == at && advance(first.belongs, at - start) == second.belongs {
+            first.end = second.end;
+            self.pieces.remove(&at);
+        }
+    }
+
+    /// How many pages from `address` on nothing belongs to.
+    fn empty_from(&self, address: u64) -> u64 {
+        let next = self.pieces.range(address..).next();
+        next.map_or(u64::MAX, |(start, _)| (start - address) / PAGE)
     }
 }
 
@@ -146,6 +231,66 @@ mod tests {
         map.remove(BASE - PAGE, BASE + 20 * PAGE);
         assert_eq!(at(&map, 0).map(|found| found.0), Some(Belongs::Zero));
         assert_eq!(at(&map, 10), None, "removal adds nothing that was not there");
+    }
+
+    /// Single pages at random, until nothing is left: right at every step, and in the end one piece.
+    #[test]
+    fn pieces_are_joined_again() {
+        const PAGES: u64 = 2000;
+        let mut map = RegionMap::new(BASE, Run { start: 7, pages: PAGES });
+        let mut removed = vec![false; PAGES as usize];
+        let mut order: Vec<u64> = (0..PAGES).collect();
+        order.sort_by_key(|page| page.wrapping_mul(0x9E37_79B9_7F4A_7C15).rotate_left(17));
+        for page in order {
+            map.remove(BASE + page * PAGE, BASE + (page + 1) * PAGE);
+            removed[page as usize] = true;
+            let borders = removed.windows(2).filter(|two| two[0] != two[1]).count();
+            assert_eq!(map.pieces.len(), borders + 1);
+        }
+        assert_eq!(at(&map, 0), Some((Belongs::Zero, PAGES)));
+        map.remove(BASE, BASE + PAGES * PAGE);
+        assert_eq!(map.pieces.len(), 1);
+    }
+
+    #[test]
+    fn a_lookup_never_crosses_a_border_of_regions() {
+        let run = Run { start: 0, pages: 4 };
+        let map = RegionMap::of([(BASE + 4 * PAGE, Run { start: 4, pages: 4 }), (BASE, run)]);
+        assert_eq!(at(&map, 3), Some((Belongs::Template(3), 1)));
+        assert_eq!(at(&map, 4), Some((Belongs::Template(4), 4)));
+    }
+
+    #[test]
+    fn pages_are_found_where_they_belong_as_long_as_they_do() {
+        let run = |start, end| Run::between(start, end);
+        let there = |page: u64| BASE + page * PAGE;
+        // Shuffled, and pages 20 to 30 twice.
+        let mut map = RegionMap::of([
+            (there(1000), run(0, 30)),
+            (there(0), run(40, 50)),
+            (there(500), run(20, 40)),
+        ]);
+        assert_eq!(map.places(run(5, 7)), [(there(1005), run(5, 7))]);
+        assert_eq!(
+            map.places(run(28, 42)),
+            [(there(508), run(28, 40)), (there(1028), run(28, 30)), (there(0), run(40, 42))]
+        );
+        assert_eq!(map.places(run(50, 99)), []);
+        map.remove(there(1001), there(1003));
+        map.unmap(there(500), there(519));
+        assert_eq!(
+            map.places(run(0, 50)),
+            [
+                (there(1000), run(0, 1)),
+                (there(1003), run(3, 30)),
+                (there(519), run(39, 40)),
+                (there(0), run(40, 50)),
+            ]
+        );
+        // Something else belongs to a home now: what was moved there is not what belonged there.
+        map.remap(there(1003), there(0), 4 * PAGE);
+        assert_eq!(map.places(run(40, 50)), [(there(4), run(44, 50))]);
+        assert_eq!(map.places(run(3, 8)), [(there(1007), run(7, 8))]);
     }
 
     #[test]

@@ -1,15 +1,16 @@
 //! One target: a process whose faults are served, and everything that is known of it.
 
-use std::os::fd::OwnedFd;
+use std::collections::btree_map::{BTreeMap, Entry};
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{
-    AtomicBool, AtomicU64,
+    AtomicBool, AtomicU32, AtomicU64,
     Ordering::{Relaxed, Release},
 };
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use rustix::process::{pidfd_send_signal, Signal};
-use uffd::{Errno, Userfaultfd};
+use uffd::{Errno, Progress, Userfaultfd};
 
 use super::outcome::Outcome;
 use super::region::{Belongs, RegionMap};
@@ -48,10 +49,16 @@ pub struct Target {
     /// Taken before events are read and until they are applied, and around every install: a page
     /// that was removed can never be filled again by somebody who looked before.
     state: Mutex<State>,
-    /// Faults that the kernel refused for now.
-    deferred: Mutex<Vec<Fault>>,
+    /// How many wait for the state to read events or to serve a fault.
+    demand: AtomicU32,
+    /// Faults that the kernel refused for now, by address.
+    deferred: Mutex<BTreeMap<u64, Fault>>,
     pub(super) faults: AtomicU64,
+    /// Pages that came ahead of demand.
+    pub(super) ahead: AtomicU64,
     gone: AtomicBool,
+    /// The client's connection, if it is to be open as long as the target lives.
+    _connection: Option<OwnedFd>,
 }
 
 #[derive(Debug)]
@@ -85,12 +92,23 @@ impl Stream {
     }
 }
 
+/// How many pages are handled together with the one that was demanded.
+#[derive(Debug, Clone, Copy)]
+struct Window {
+    /// Fetched into the template.
+    fetch: u64,
+    /// Put into the target, as far as they are in the template.
+    install: u64,
+}
+
 /// A fault on its way.
 #[derive(Debug, Clone)]
 pub(super) struct Fault {
     pub(super) address: u64,
     /// When it was read.
     pub(super) born: Instant,
+    /// How many more threads wait for the same page, and will be served with it.
+    pub(super) joined: u64,
     attempts: u32,
     /// Since when the kernel refuses to fill it. Time that a source took does not count.
     refused: Option<Instant>,
@@ -99,20 +117,13 @@ pub(super) struct Fault {
     /// Why its page cannot be had, if so.
     failure: Option<Arc<Error>>,
     /// The window chosen for it, once chosen.
-    window: u64,
+    window: Option<Window>,
 }
 
 impl Fault {
-    pub(super) fn new(address: u64, born: Instant) -> Fault {
-        Fault {
-            address: address & !(PAGE - 1),
-            born,
-            attempts: 0,
-            refused: None,
-            due: born,
-            failure: None,
-            window: 0,
-        }
+    /// Whether nobody has looked at it yet, and from now on somebody has.
+    pub(super) fn is_new(&mut self) -> bool {
+        self.window.replace(Window { fetch: 0, install: 0 }).is_none()
     }
 }
 
@@ -133,6 +144,8 @@ pub struct NewTarget {
     pub beacon: Option<u64>,
     /// Bytes of the target's own pages: 4096, or 2 MiB for hugetlb.
     pub page_size: u64,
+    /// The client's connection, if it is to be open as long as the target lives.
+    pub connection: Option<OwnedFd>,
 }
 
 impl Target {
@@ -151,15 +164,23 @@ impl Target {
                 regions: new.regions,
                 stream: Stream { next: u64::MAX, window: SHORTEST_WINDOW },
             }),
-            deferred: Mutex::new(Vec::new()),
+            demand: AtomicU32::new(0),
+            deferred: Mutex::default(),
             faults: AtomicU64::new(0),
+            ahead: AtomicU64::new(0),
             gone: AtomicBool::new(false),
+            _connection: new.connection,
         }
     }
 
-    /// The process id, where known.
+    /// The process id, where known. (A process of another pid namespace has none here.)
     pub fn pid(&self) -> Option<i32> {
-        lock(&self.process).as_ref().map(|process| process.pid)
+        lock(&self.process).as_ref().map(|process| process.pid).filter(|pid| *pid != 0)
+    }
+
+    /// Whether pages can be put there ahead of demand: not where the target maps the template's file.
+    pub fn can_be_filled(&self) -> bool {
+        !self.backend.sees_template()
     }
 
     /// Another descriptor of the target's userfaultfd, for whoever must hold one.
@@ -181,8 +202,38 @@ impl Target {
         true
     }
 
+    /// The state, for reading events and for serving faults.
     pub(super) fn state(&self) -> MutexGuard<'_, State> {
+        if let Ok(state) = self.state.try_lock() {
+            return state;
+        }
+        self.demand.fetch_add(1, Relaxed);
+        let state = lock(&self.state);
+        self.demand.fetch_sub(1, Relaxed);
+        state
+    }
+
+    /// The state, for filling ahead: whoever serves demand goes first. (A mutex lets him pass who has
+    /// just given it back, again and again.)
+    pub(super) fn state_after_demand(&self) -> MutexGuard<'_, State> {
+        while self.demand.load(Relaxed) > 0 {
+            std::thread::yield_now();
+        }
         lock(&self.state)
+    }
+
+    /// A fault that was read now.
+    pub(super) fn fault(&self, address: u64, now: Instant) -> Fault {
+        Fault {
+            address: address & !(self.page_size - 1),
+            born: now,
+            joined: 0,
+            attempts: 0,
+            refused: None,
+            due: now,
+            failure: None,
+            window: None,
+        }
     }
 
     /// Wakes everybody who waits: whose page is still missing faults again.
@@ -201,20 +252,20 @@ impl Target {
     /// Takes the deferred faults that are due.
     pub(super) fn take_due(&self, now: Instant) -> Vec<Fault> {
         let mut deferred = lock(&self.deferred);
-        let (due, later) =
-            std::mem::take(&mut *deferred).into_iter().partition(|fault| fault.due <= now);
+        let (due, later): (BTreeMap<_, _>, _) =
+            std::mem::take(&mut *deferred).into_iter().partition(|(_, fault)| fault.due <= now);
         *deferred = later;
-        due
+        due.into_values().collect()
     }
 
     /// When the next deferred fault is due.
     pub(super) fn next_due(&self) -> Option<Instant> {
-        lock(&self.deferred).iter().map(|fault| fault.due).min()
+        lock(&self.deferred).values().map(|fault| fault.due).min()
     }
 
     /// Makes all deferred faults due: events were read, so the kernel may accept fills now.
     pub(super) fn hasten(&self, now: Instant) {
-        lock(&self.deferred).iter_mut().for_each(|fault| fault.due = now);
+        lock(&self.deferred).values_mut().for_each(|fault| fault.due = now);
     }
 
     /// Serves one fault as far as that is possible without waiting. Called by the event loop, and
@@ -238,25 +289,23 @@ impl Target {
                     drop(state);
                     return self.give_up(shared, fault, error);
                 }
-                if fault.window == 0 {
-                    self.template.demanded(page);
-                    fault.window = match self.template.recording() {
-                        // Its neighbours shall be demanded themselves, or not be recorded.
-                        true => 1,
-                        false => state.stream.window(page),
-                    };
+                if self.page_size != PAGE {
+                    return self.serve_huge(shared, fault, state, page, place.bytes);
                 }
-                match self.template.want(page, fault.window, || self.waiter(shared, &fault)) {
+                let window = *fault.window.get_or_insert_with(|| {
+                    self.template.demanded(page);
+                    self.window(state.stream.window(page))
+                });
+                let wanted = Run { start: page, pages: window.install.min(place.bytes / PAGE) };
+                match self.template.want(page, window.fetch, || self.waiter(shared, &fault)) {
                     Want::Here => {
-                        let wanted =
-                            Run { start: page, pages: fault.window.min(place.bytes / PAGE) };
                         let run = self.template.present_from(wanted);
                         state.stream.next = run.end();
                         self.install(fault.address, run)
                     }
                     Want::Zero(zero) => {
-                        let bytes = Run::between(page, zero.end()).bytes();
-                        self.zero(fault.address, place.bytes.min(bytes))
+                        let pages = wanted.pages.min(zero.end() - page);
+                        self.zero(fault.address, pages * PAGE)
                     }
                     Want::Waiting => return,
                     Want::Fetch(fetch) => {
@@ -274,13 +323,23 @@ impl Target {
         self.settle(shared, fault, resolution);
     }
 
+    /// The window of a fault, of which the pages read so far suggest `pages`.
+    fn window(&self, pages: u64) -> Window {
+        match (self.template.recording(), self.backend.sees_template()) {
+            (false, _) => Window { fetch: pages, install: pages },
+            // Its neighbours shall be demanded themselves, or not be recorded.
+            (true, true) => Window { fetch: 1, install: 1 },
+            (true, false) => Window { fetch: pages, install: 1 },
+        }
+    }
+
     /// A fault at an address of which no event and no client said what belongs there.
     fn nothing_known(self: &Arc<Self>, shared: &Arc<Shared>, fault: Fault) {
-        match self.uffd.probe_page(fault.address) {
+        match self.uffd.probe_range(fault.address, PAGE) {
             Some(Errno::AGAIN) => self.settle(shared, fault, Resolution::Blocked),
             // Grown by mremap, or left behind by a move that does not unmap. Zeros could be wrong,
             // and waking would go on for ever.
-            Some(Errno::FAULT) => {
+            Some(Errno::FAULT | Errno::INVAL) => {
                 let message = "it is registered, but in no region".to_owned();
                 self.give_up(shared, fault, Arc::new(Error::Integrity { message }));
             }
@@ -289,7 +348,7 @@ impl Target {
         }
     }
 
-    fn waiter(self: &Arc<Self>, shared: &Arc<Shared>, fault: &Fault) -> Waiter {
+    pub(super) fn waiter(self: &Arc<Self>, shared: &Arc<Shared>, fault: &Fault) -> Waiter {
         let (target, shared, mut fault) = (Arc::clone(self), Arc::clone(shared), fault.clone());
         Box::new(move |outcome| {
             fault.failure = match outcome {
@@ -302,36 +361,56 @@ impl Target {
     }
 
     fn install(&self, address: u64, run: Run) -> Resolution {
-        let cache = self.template.cache();
-        match self.backend.resolve(&self.uffd, cache, address, run) {
+        let fill = |run| {
+            let progress = self.backend.fill(&self.uffd, self.template.cache(), address, run);
+            self.settled(address, progress, self.backend.filled())
+        };
+        match fill(run) {
             // Perhaps the run crosses a border that the target made (mprotect): one page cannot.
-            Resolution::NotCovered if run.pages > 1 => {
-                self.backend.resolve(&self.uffd, cache, address, Run { pages: 1, ..run })
-            }
+            Resolution::NotCovered if run.pages > 1 => fill(Run { pages: 1, ..run }),
             resolution => resolution,
         }
     }
 
     fn zero(&self, address: u64, bytes: u64) -> Resolution {
-        match backend::zero(&self.uffd, address, bytes.min(LONGEST_WINDOW * PAGE)) {
-            Resolution::NotCovered if bytes > PAGE => backend::zero(&self.uffd, address, PAGE),
+        let zero = |bytes| {
+            let progress = backend::zero(&self.uffd, address, bytes, self.page_size);
+            self.settled(address, progress, Resolution::Zeroed)
+        };
+        // Somebody waits for the first page: not more at once than is worth its while.
+        match zero(bytes.min(self.page_size.max(LONGEST_WINDOW * PAGE))) {
+            Resolution::NotCovered if bytes > self.page_size => zero(self.page_size),
             resolution => resolution,
         }
     }
 
-    fn settle(self: &Arc<Self>, shared: &Arc<Shared>, mut fault: Fault, resolution: Resolution) {
+    /// What a fill's progress means for the page that somebody waits for.
+    pub(super) fn settled(
+        &self,
+        address: u64,
+        progress: Progress,
+        filled: Resolution,
+    ) -> Resolution {
+        backend::settle(&self.uffd, address, self.page_size, progress, filled)
+    }
+
+    pub(super) fn settle(
+        self: &Arc<Self>,
+        shared: &Arc<Shared>,
+        mut fault: Fault,
+        resolution: Resolution,
+    ) {
         let outcome = match resolution {
             Resolution::Copied => Outcome::Copied,
             Resolution::Shared => Outcome::Shared,
             Resolution::Zeroed => Outcome::Zeroed,
             Resolution::Woken => Outcome::Woken,
             Resolution::NotCovered => {
-                let _ = self.uffd.wake(fault.address, PAGE);
+                let _ = self.uffd.wake(fault.address, self.page_size);
                 Outcome::Abandoned
             }
             Resolution::Gone => {
-                self.gone.store(true, Relaxed);
-                shared.forget(self.id);
+                self.end(shared);
                 Outcome::Abandoned
             }
             Resolution::Blocked | Resolution::Refused(_) => {
@@ -359,22 +438,36 @@ impl Target {
     fn defer(&self, shared: &Shared, mut fault: Fault) {
         fault.due = Instant::now() + Duration::from_micros(100 << fault.attempts.min(6));
         fault.attempts += 1;
-        lock(&self.deferred).push(fault);
+        match lock(&self.deferred).entry(fault.address) {
+            Entry::Vacant(entry) => {
+                entry.insert(fault);
+            }
+            Entry::Occupied(mut entry) => {
+                let first = entry.get_mut();
+                first.joined += 1 + fault.joined;
+                first.failure = first.failure.take().or(fault.failure);
+            }
+        }
         shared.deferred.store(true, Release);
         shared.poke();
     }
 
     /// The page cannot be had. The target must neither read zeros nor wait for ever: the page is
     /// poisoned, or, where the kernel cannot do that, the target is killed.
-    fn give_up(self: &Arc<Self>, shared: &Arc<Shared>, mut fault: Fault, error: Arc<Error>) {
-        let progress = self.uffd.poison(fault.address, PAGE);
+    pub(super) fn give_up(
+        self: &Arc<Self>,
+        shared: &Arc<Shared>,
+        mut fault: Fault,
+        error: Arc<Error>,
+    ) {
+        let progress = self.uffd.poison(fault.address, self.page_size);
         let resolution = match progress.errno {
             None => {
                 self.report(shared, &fault, &error, "poisoned: touching it raises SIGBUS");
                 return shared.count(Outcome::Poisoned, &fault);
             }
             Some(Errno::EXIST) => {
-                let _ = self.uffd.wake(fault.address, PAGE);
+                let _ = self.uffd.wake(fault.address, self.page_size);
                 return shared.count(Outcome::Woken, &fault);
             }
             Some(Errno::NOENT) => Resolution::NotCovered,
@@ -387,17 +480,34 @@ impl Target {
     }
 
     fn kill(&self, shared: &Shared, fault: &Fault, error: &Error) {
-        let killed = self.pidfd().map(|pidfd| pidfd_send_signal(pidfd, Signal::KILL));
-        match killed {
-            Some(Ok(())) => {
+        match self.kill_process() {
+            Ok(()) => {
                 self.report(shared, fault, error, "the process was killed");
                 shared.count(Outcome::Killed, fault);
+                // It may wait for a page even while it ends, in the kernel: only closing our
+                // descriptor of its memory ends that.
+                self.end(shared);
             }
-            _ => {
-                self.report(shared, fault, error, "and the process could not be killed");
+            Err(why) => {
+                let consequence = format!("and the process could not be killed: {why}");
+                self.report(shared, fault, error, &consequence);
                 shared.count(Outcome::Abandoned, fault);
             }
         }
+    }
+
+    /// Kills the process, which nobody serves any more.
+    pub(super) fn kill_process(&self) -> Result<(), String> {
+        match &*lock(&self.process) {
+            Some(process) => kill(process.pid, &process.pidfd),
+            None => Err("nobody said which it is".to_owned()),
+        }
+    }
+
+    /// Nothing can be done for it any more.
+    pub(super) fn end(&self, shared: &Shared) {
+        self.gone.store(true, Relaxed);
+        shared.forget(self.id);
     }
 
     fn report(&self, shared: &Shared, fault: &Fault, error: &Error, consequence: &str) {
@@ -421,6 +531,17 @@ impl Target {
             }
         }
     }
+}
+
+/// Kills a process that would wait for ever; never this one, whose number is compared.
+///
+/// # Errors
+/// Why it lives on.
+pub(crate) fn kill(pid: i32, pidfd: impl AsFd) -> Result<(), String> {
+    if pid.unsigned_abs() == std::process::id() {
+        return Err("it is this very process".to_owned());
+    }
+    pidfd_send_signal(pidfd, Signal::KILL).map_err(|errno| errno.to_string())
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

@@ -6,7 +6,7 @@
 //! |---|---|
 //! | [`pass`] | nothing: the do-nothing example |
 //! | [`stats`] | counts reads, bytes and time |
-//! | [`delay`] | waits before each read |
+//! | [`delay`] | takes as long as a store far away |
 //! | [`fail`] | makes reads fail on purpose |
 
 use std::sync::Arc;

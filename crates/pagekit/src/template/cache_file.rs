@@ -282,7 +282,7 @@ fn on_detached_tmpfs(size: u64) -> rustix::io::Result<(OwnedFd, OwnedFd)> {
 }
 
 /// `mount_setattr(2)` with MOUNT_ATTR_RDONLY (Linux ≥ 5.12); rustix has no wrapper for it.
-fn make_readonly(mount: &OwnedFd) -> rustix::io::Result<()> {
+pub(crate) fn make_readonly(mount: &OwnedFd) -> rustix::io::Result<()> {
     #[repr(C)]
     struct MountAttr {
         set: u64,

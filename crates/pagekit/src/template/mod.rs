@@ -19,6 +19,7 @@
 //! every later fault fails loudly ([`Template::audit`], and each publication).
 
 pub mod cache_file;
+pub mod replay;
 
 use std::collections::BTreeMap;
 use std::os::fd::BorrowedFd;
@@ -33,10 +34,11 @@ use crate::delivery::Delivery;
 use crate::error::{Error, Result};
 use crate::page::{self, find, Run, PAGE};
 use crate::page_set::PageSet;
-use crate::source::{Content, Identity, Source};
+use crate::source::{Capabilities, Content, Identity, Source};
 use crate::stack;
-use crate::working_set::Recorder;
+use crate::working_set::{Recorder, WorkingSet};
 use cache_file::CacheFile;
+use replay::{Replay, Sink};
 
 /// Zero runs shorter than this are fetched like data: splitting a fetch or a mapping for them costs
 /// more than their bytes.
@@ -44,6 +46,8 @@ const SHORTEST_ZERO_RUN: u64 = 16;
 
 /// Pages that one fetch brings at most: 2 MiB.
 const LONGEST_FETCH: u64 = 512;
+/// Bytes of one read where all is fetched.
+pub const USUAL_REQUEST: u64 = 1 << 20;
 
 /// Called once when the page it waits for is there, or never will be; on whatever thread finishes
 /// the fetch. Must not block.
@@ -71,12 +75,21 @@ pub struct Template {
     cache: CacheFile,
     present: PageSet,
     flights: Mutex<Flights>,
+    identity: OnceLock<Identity>,
+    ahead: Mutex<Ahead>,
     recorder: RwLock<Option<Arc<Recorder>>>,
     /// Whether there is a recorder: asked at every fault.
     recording: AtomicBool,
     damaged: OnceLock<Arc<Error>>,
     deadline: Duration,
     counters: Counters,
+}
+
+/// The replay, and where its pages go.
+#[derive(Debug, Default)]
+struct Ahead {
+    replay: Option<Arc<Replay>>,
+    sinks: Vec<Arc<dyn Sink>>,
 }
 
 /// What a template counts.
@@ -110,6 +123,8 @@ pub struct Statistics {
     pub protection: &'static str,
     /// Why nothing is served any more, if so.
     pub damaged: Option<String>,
+    /// The replay that was started last.
+    pub replay: Option<replay::Statistics>,
     /// What the pieces of the stack count.
     pub stack: Vec<(String, u64)>,
 }
@@ -165,6 +180,8 @@ impl Template {
             zero_runs,
             stack,
             flights: Mutex::default(),
+            identity: OnceLock::new(),
+            ahead: Mutex::default(),
             recorder: RwLock::default(),
             recording: AtomicBool::new(false),
             damaged: OnceLock::new(),
@@ -226,22 +243,23 @@ impl Template {
     /// or zero by the map, on this thread if that is so already; or when one cannot be had. The
     /// caller must see to the fetches.
     pub fn want_all(self: &Arc<Self>, run: Run, waiter: Waiter) -> Vec<Fetch> {
+        self.want_window(run, run, waiter)
+    }
+
+    /// As [`Self::want_all`], but the fetches cover all that is absent of `window`, which `run` is a
+    /// part of.
+    pub fn want_window(self: &Arc<Self>, run: Run, window: Run, waiter: Waiter) -> Vec<Fetch> {
         let all = Arc::new(Gathering::new(waiter));
-        let fetches = self.claim(run, Some(&all));
+        let fetches = self.claim(run, window, &all);
         all.arrived(&Ok(()));
         fetches
     }
 
-    /// Fetches for what of `run` is absent and not in flight; nobody waits for them.
-    pub fn fetch_ahead(self: &Arc<Self>, run: Run) -> Vec<Fetch> {
-        self.claim(run, None)
-    }
-
-    fn claim(self: &Arc<Self>, run: Run, waiting: Option<&Arc<Gathering>>) -> Vec<Fetch> {
+    fn claim(self: &Arc<Self>, run: Run, window: Run, all: &Arc<Gathering>) -> Vec<Fetch> {
         let mut fetches = Vec::new();
         let mut flights = self.lock_flights();
-        let mut page = run.start;
-        while page < run.end() {
+        let mut page = window.start;
+        while page < window.end() {
             let (end, flight) = if self.present.contains(page) {
                 (page + 1, None)
             } else if let Some(zero) = find(&self.zero_runs, page) {
@@ -250,15 +268,16 @@ impl Template {
                 (flight.run.end(), Some(flight))
             } else {
                 let mut end = page + 1;
-                let last = run.end().min(page + LONGEST_FETCH);
+                let last = window.end().min(page + LONGEST_FETCH);
                 while end < last && self.is_absent(&flights, end) {
                     end += 1;
                 }
                 fetches.push(self.take_off(&mut flights, Run::between(page, end), Vec::new()));
                 (end, flights.get_mut(&page))
             };
-            if let (Some(flight), Some(all)) = (flight, waiting) {
-                flight.waiters.push((Run::between(page, end.min(run.end())), all.waiter()));
+            let awaited = Run::between(page.max(run.start), end.min(run.end()));
+            if let (Some(flight), true) = (flight, awaited.pages > 0) {
+                flight.waiters.push((awaited, all.waiter()));
             }
             page = end;
         }
@@ -313,7 +332,60 @@ impl Template {
     /// # Errors
     /// Those of the source.
     pub fn identity(&self) -> Result<Identity> {
-        self.stack.identity()
+        if let Some(known) = self.identity.get() {
+            return Ok(*known);
+        }
+        let identity = self.stack.identity()?;
+        Ok(*self.identity.get_or_init(|| identity))
+    }
+
+    /// What the stack can do.
+    pub fn capabilities(&self) -> Capabilities {
+        self.stack.capabilities()
+    }
+
+    /// Fetches the pages of `set` ahead, from now on, instead of what another replay had left to do.
+    ///
+    /// # Errors
+    /// `Integrity` if the set is of another template; those of the source, which is asked for its
+    /// identity; `Kernel` when threads run out.
+    pub fn replay(
+        self: &Arc<Self>,
+        set: &WorkingSet,
+        options: replay::Options,
+    ) -> Result<Arc<Replay>> {
+        let replay = Replay::start(self, set, options)?;
+        let (before, sinks) = {
+            let mut ahead = self.lock_ahead();
+            (ahead.replay.replace(Arc::clone(&replay)), ahead.sinks.clone())
+        };
+        sinks.into_iter().for_each(|sink| replay.fill(sink));
+        if let Some(before) = before {
+            before.cancel();
+        }
+        Ok(replay)
+    }
+
+    /// The replay that was started last.
+    pub fn current_replay(&self) -> Option<Arc<Replay>> {
+        self.lock_ahead().replay.clone()
+    }
+
+    /// Brings pages that are fetched ahead into `sink` too, until it says that it is over.
+    pub fn add_sink(&self, sink: Arc<dyn Sink>) {
+        let replay = {
+            let mut ahead = self.lock_ahead();
+            ahead.sinks.retain(|sink| !sink.is_over());
+            ahead.sinks.push(Arc::clone(&sink));
+            ahead.replay.clone()
+        };
+        if let Some(replay) = replay {
+            replay.fill(sink);
+        }
+    }
+
+    fn lock_ahead(&self) -> MutexGuard<'_, Ahead> {
+        self.ahead.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The pages of `run` from its start on that are in the template's file, in one piece.
@@ -354,8 +426,14 @@ impl Template {
         Ok(())
     }
 
-    /// Fetches everything that is neither present nor zero. Blocks.
-    pub fn load(self: &Arc<Self>) -> Result<(), Arc<Error>> {
+    /// Fetches everything that is neither present nor zero, `request` bytes at a time (rounded up to
+    /// pages), so many requests at once as `parallel` says or suits the source. Blocks.
+    pub fn load(self: &Arc<Self>, request: u64, parallel: Option<usize>) -> Result<(), Arc<Error>> {
+        let options = replay::Options { parallel, ..replay::Options::default() };
+        let pages = request.div_ceil(PAGE).clamp(1, LONGEST_FETCH);
+        let all = Replay::start_all(self, pages, options).map_err(Arc::new)?;
+        all.wait(Duration::MAX)?;
+        // What others were fetching meanwhile was left to them.
         let mut page = 0;
         while page < self.whole().end() {
             page = match self.bring(page)? {
@@ -401,6 +479,7 @@ impl Template {
             bytes_read: self.counters.bytes_read.load(Relaxed),
             protection: self.cache.protection().name(),
             damaged: self.damaged.get().map(|error| error.to_string()),
+            replay: self.current_replay().map(|replay| replay.statistics()),
             stack: self.stack.statistics(),
         }
     }

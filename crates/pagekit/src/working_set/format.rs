@@ -20,6 +20,11 @@
 //! Runs of a phase rise and neither touch nor overlap, phases have no page in common, and no page lies
 //! outside the template. A reader refuses everything else: a file decodes in one way or not at all.
 
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+
 use super::{WorkingSet, MOST_PHASES};
 use crate::error::{Error, Result};
 use crate::page::Run;
@@ -63,6 +68,48 @@ impl WorkingSet {
     pub fn decode(bytes: &[u8]) -> Result<WorkingSet> {
         decode(bytes).map_err(|why| Error::Integrity {
             message: format!("this is no working set: {why}; record it anew"),
+        })
+    }
+}
+
+/// Tells drafts of one process apart.
+static DRAFTS: AtomicU64 = AtomicU64::new(0);
+
+impl WorkingSet {
+    /// Reads a file.
+    ///
+    /// # Errors
+    /// `Missing` if it cannot be read, `Integrity` if it is no working set.
+    pub fn load(path: &Path) -> Result<WorkingSet> {
+        let missing = |error| Error::Missing {
+            what: format!("cannot read working set {}", path.display()),
+            error,
+        };
+        let file = File::open(path).map_err(missing)?;
+        let mut bytes = Vec::new();
+        // A byte more than is allowed, so that `decode` notices.
+        file.take(LARGEST + 1).read_to_end(&mut bytes).map_err(missing)?;
+        decode(&bytes).map_err(|why| Error::Integrity {
+            message: format!("{} is no working set: {why}; record it anew", path.display()),
+        })
+    }
+
+    /// Writes the file, whole or not at all; one that is there is replaced.
+    ///
+    /// # Errors
+    /// `Missing` if it cannot be written there.
+    pub fn save(&self, path: &Path) -> Result<()> {
+        let mut draft = path.to_owned().into_os_string();
+        draft.push(format!(".{}-{}", std::process::id(), DRAFTS.fetch_add(1, Relaxed)));
+        let write = || -> io::Result<()> {
+            let mut file = File::create_new(&draft)?;
+            file.write_all(&self.encode())?;
+            file.sync_all()?;
+            std::fs::rename(&draft, path)
+        };
+        write().map_err(|error| {
+            let _ = std::fs::remove_file(&draft);
+            Error::Missing { what: format!("cannot write working set {}", path.display()), error }
         })
     }
 }
@@ -164,7 +211,7 @@ mod tests {
     use super::*;
 
     fn example() -> WorkingSet {
-        let demands: Vec<u64> = (0..400).map(|at| at * 7 % 1000).collect();
+        let demands: Vec<u64> = (0..150).map(|at| at / 3 * 7 % 1000 + at % 3).collect();
         WorkingSet::of_demands(Identity([3; 32]), 1000, &demands, &[999, 993])
     }
 
@@ -185,6 +232,24 @@ mod tests {
     }
 
     #[test]
+    fn files_are_replaced_whole() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("set");
+        assert!(matches!(WorkingSet::load(&path), Err(Error::Missing { .. })));
+        for set in [WorkingSet::of_demands(Identity([3; 32]), 9, &[1], &[]), example()] {
+            set.save(&path).unwrap();
+            assert_eq!(WorkingSet::load(&path).unwrap(), set);
+        }
+        assert_eq!(std::fs::read_dir(&directory).unwrap().count(), 1, "no draft is left");
+        assert!(example().save(&directory.path().join("no/set")).is_err());
+        std::fs::write(&path, b"#!/bin/sh").unwrap();
+        let error = WorkingSet::load(&path).unwrap_err();
+        assert!(error.to_string().contains("set is no working set"), "{error}");
+        File::create(&path).unwrap().set_len(LARGEST * 2).unwrap();
+        assert!(WorkingSet::load(&path).unwrap_err().to_string().contains("too large"));
+    }
+
+    #[test]
     fn damage_is_noticed_anywhere() {
         let bytes = example().encode();
         for length in 0..bytes.len() {
@@ -202,7 +267,7 @@ mod tests {
     fn lies_are_refused_or_harmless() {
         let bytes = example().encode();
         for at in 0..bytes.len() - HASH {
-            for value in 0..=255 {
+            for value in [0, 1, 2, 0x7f, 0x80, 0x81, 0xff, bytes[at] ^ 1, bytes[at] ^ 0x80] {
                 let mut changed = bytes.clone();
                 changed[at] = value;
                 let changed = sealed(changed);

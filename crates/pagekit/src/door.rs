@@ -243,6 +243,11 @@ pub fn open_pidfd(socket: &OwnedFd, peer: Peer) -> Result<OwnedFd, String> {
         // SAFETY: the kernel just made it for us.
         return Ok(unsafe { OwnedFd::from_raw_fd(descriptor) });
     }
+    // A kernel that knows the option refuses for a process that has ended, and its number may be that
+    // of another one.
+    if io::Error::last_os_error().raw_os_error() != Some(libc::ENOPROTOOPT) {
+        return Err(format!("the client cannot be watched: {}", io::Error::last_os_error()));
+    }
     let pid =
         rustix::process::Pid::from_raw(peer.pid).ok_or("the client is in another pid namespace")?;
     pidfd_open(pid, PidfdFlags::empty()).map_err(|errno| {

@@ -1,0 +1,102 @@
+//! Huge pages: targets on hugetlbfs.
+//!
+//! Some facts, and what follows:
+//! - A huge page is filled whole, from one piece of memory, or not at all (EINVAL). So all pages of the
+//!   template that belong into it are brought first, and the thread that touched it waits for the last.
+//! - Holes of the template's file where its content is zero cannot be copied from. Such a huge page is
+//!   put together in a buffer; one without holes is copied from the file as it lies there.
+//! - There is no zero page of this size: zeros are copied.
+//! - Whoever fills one takes it from the pool that the target reserved when it mapped its memory.
+
+use std::cell::RefCell;
+use std::sync::{Arc, MutexGuard};
+
+use uffd::Progress;
+
+use super::target::{Fault, State, Target};
+use super::Shared;
+use crate::backend::{self, Resolution};
+use crate::error::Error;
+use crate::page::{find, Run, PAGE};
+
+impl Target {
+    /// Serves a fault of a huge page into which the template's pages from `page` on belong. `bytes` of
+    /// them lie side by side.
+    pub(super) fn serve_huge(
+        self: &Arc<Self>,
+        shared: &Arc<Shared>,
+        mut fault: Fault,
+        state: MutexGuard<'_, State>,
+        page: u64,
+        bytes: u64,
+    ) {
+        let run = Run { start: page, pages: self.page_size / PAGE };
+        if bytes < self.page_size {
+            drop(state);
+            let message = "only a part of a huge page belongs to its region".to_owned();
+            return self.give_up(shared, fault, Arc::new(Error::Integrity { message }));
+        }
+        if fault.is_new() {
+            // All of them: without any of them it cannot be filled.
+            (run.start..run.end()).for_each(|page| self.template.demanded(page));
+        }
+        if let Some((progress, filled)) = self.fill_huge(fault.address, run) {
+            drop(state);
+            let resolution = self.settled(fault.address, progress, filled);
+            return self.settle(shared, fault, resolution);
+        }
+        // The waiter may be called at once, and serves: not under the lock.
+        drop(state);
+        for fetch in self.template.want_all(run, self.waiter(shared, &fault)) {
+            if let Some(fetch) = fetch.now() {
+                shared.workers.submit(fetch);
+            }
+        }
+    }
+
+    /// Fills one huge page at `address` with `run`, if all of that is here.
+    pub(super) fn fill_huge(&self, address: u64, run: Run) -> Option<(Progress, Resolution)> {
+        let template = &self.template;
+        if template.present_from(run) == run {
+            let progress = self.backend.fill(&self.uffd, template.cache(), address, run);
+            return Some((progress, self.backend.filled()));
+        }
+        if find(template.zero_runs(), run.start).is_some_and(|zero| zero.end() >= run.end()) {
+            let progress = backend::zero(&self.uffd, address, run.bytes(), self.page_size);
+            return Some((progress, Resolution::Zeroed));
+        }
+        if !self.is_here(run) {
+            return None;
+        }
+        with_buffer(run.bytes() as usize, |buffer| {
+            // Reads what is here, and so waits for nobody. Fails if the template is damaged.
+            template.read(run.offset(), buffer).ok()?;
+            Some((self.uffd.copy(address, buffer), self.backend.filled()))
+        })
+    }
+
+    /// Whether every page of `run` is in the template's file or zero by the map.
+    fn is_here(&self, run: Run) -> bool {
+        let mut page = run.start;
+        while page < run.end() {
+            let present = self.template.present_from(Run::between(page, run.end()));
+            page = match (present.pages, find(self.template.zero_runs(), page)) {
+                (0, None) => return false,
+                (0, Some(zero)) => zero.end(),
+                _ => present.end(),
+            };
+        }
+        true
+    }
+}
+
+/// Runs `work` with this thread's buffer for a huge page, which is kept.
+fn with_buffer<T>(bytes: usize, work: impl FnOnce(&mut [u8]) -> T) -> T {
+    thread_local! {
+        static BUFFER: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+    }
+    BUFFER.with_borrow_mut(|buffer| {
+        buffer.resize(bytes, 0);
+        work(buffer)
+    })
+}

@@ -1,0 +1,9 @@
+//! Messages between clients and the server: bytes ↔ values, no sockets, no threads.
+//!
+//! | protocol | between |
+//! |---|---|
+//! | [`firecracker`] | Firecracker and us: one JSON array, from it to us |
+//! | [`shim`] | the shim and us, both from one build |
+
+pub mod firecracker;
+pub mod shim;
