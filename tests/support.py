@@ -276,7 +276,7 @@ class Daemon:
     def __init__(
         self,
         spec: str,
-        socket: Path,
+        socket: Path | None,
         *options: object,
         prefix: Sequence[object] = (),
         program: Path | None = None,
@@ -287,8 +287,7 @@ class Daemon:
             *prefix,
             program or server_program(),
             spec,
-            "--socket",
-            socket,
+            *(["--socket", socket] if socket else []),
             "--json",
             *options,
         ]
