@@ -13,10 +13,10 @@ use std::sync::atomic::Ordering::Relaxed;
 
 use uffd::Errno;
 
+use super::fill::Fill;
 use super::target::{State, Target};
 use super::Shared;
-use crate::backend;
-use crate::page::{find, Run, PAGE};
+use crate::page::{Run, PAGE};
 
 /// Pages filled under the lock at once, which takes some 50 µs: longer than a wake-up, and not much.
 const PIECE: u64 = 64;
@@ -71,7 +71,7 @@ impl Target {
         ahead
     }
 
-    /// Fills what of `run` is in the template wherever it belongs.
+    /// Fills what of `run` can be had at once, wherever it belongs.
     fn install_part(&self, state: &mut State, run: Run, installed: &mut u64) -> End {
         let mut places = state.regions.places(run).into_iter().peekable();
         while let Some((address, run)) = places.next() {
@@ -94,36 +94,15 @@ impl Target {
         let mut at = run.start;
         let mut most = u64::MAX;
         while at < run.end() {
-            let rest = Run::between(at, run.end());
+            let rest = Run { start: at, pages: most.min(run.end() - at) };
             let address = address + (at - run.start) * PAGE;
-            let (progress, tried) = if unit > 1 {
-                let whole = Run { start: at, pages: unit };
-                match self.fill_huge(address, whole) {
-                    Some((progress, _)) => (progress, unit),
-                    None => {
-                        at += unit;
-                        continue;
-                    }
-                }
-            } else {
-                let present = self.template.present_from(rest);
-                let zero = find(self.template.zero_runs(), at);
-                match (present.pages, zero) {
-                    (0, None) => {
-                        at += 1;
-                        continue;
-                    }
-                    (0, Some(zero)) => {
-                        let pages = (zero.end() - at).min(rest.pages).min(most);
-                        (backend::zero(&self.uffd, address, pages * PAGE, PAGE), pages)
-                    }
-                    (pages, _) => {
-                        let pages = pages.min(most);
-                        let run = Run { start: at, pages };
-                        let cache = self.template.cache();
-                        (self.backend.fill(&self.uffd, cache, address, run), pages)
-                    }
-                }
+            let fill = match unit {
+                1 => self.put(address, rest),
+                _ => self.fill_huge(address, Run { start: at, pages: unit }),
+            };
+            let Some(Fill { run: tried, progress, .. }) = fill else {
+                at += unit;
+                continue;
             };
             let done = progress.done as u64 / PAGE;
             *installed += done;
@@ -137,7 +116,7 @@ impl Target {
                 Some(Errno::AGAIN) if done > 0 => {}
                 Some(Errno::AGAIN) => return End::Blocked(at),
                 // Across a border that the target made, or unmapped and not read yet.
-                Some(Errno::NOENT) if tried > unit => most = tried / 2,
+                Some(Errno::NOENT) if tried.pages > unit => most = tried.pages / 2,
                 Some(Errno::NOENT) => at += unit,
                 // The target is gone, or has no room for more.
                 Some(_) => return End::Over,

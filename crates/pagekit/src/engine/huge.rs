@@ -8,16 +8,14 @@
 //! - There is no zero page of this size: zeros are copied.
 //! - Whoever fills one takes it from the pool that the target reserved when it mapped its memory.
 
-use std::cell::RefCell;
 use std::sync::{Arc, MutexGuard};
 
-use uffd::Progress;
-
+use super::fill::Fill;
 use super::target::{Fault, State, Target};
 use super::Shared;
-use crate::backend::{self, Resolution};
 use crate::error::Error;
 use crate::page::{find, Run, PAGE};
+use crate::template::with_buffer;
 
 impl Target {
     /// Serves a fault of a huge page into which the template's pages from `page` on belong. `bytes` of
@@ -40,9 +38,9 @@ impl Target {
             // All of them: without any of them it cannot be filled.
             (run.start..run.end()).for_each(|page| self.template.demanded(page));
         }
-        if let Some((progress, filled)) = self.fill_huge(fault.address, run) {
+        if let Some(fill) = self.fill_huge(fault.address, run) {
             drop(state);
-            let resolution = self.settled(fault.address, progress, filled);
+            let resolution = self.settled(fault.address, fill.progress, fill.filled);
             return self.settle(shared, fault, resolution);
         }
         // The waiter may be called at once, and serves: not under the lock.
@@ -54,16 +52,18 @@ impl Target {
         }
     }
 
-    /// Fills one huge page at `address` with `run`, if all of that is here.
-    pub(super) fn fill_huge(&self, address: u64, run: Run) -> Option<(Progress, Resolution)> {
+    /// Fills one huge page at `address` with `run`, if all of that can be had at once.
+    pub(super) fn fill_huge(&self, address: u64, run: Run) -> Option<Fill> {
         let template = &self.template;
-        if template.present_from(run) == run {
-            let progress = self.backend.fill(&self.uffd, template.cache(), address, run);
-            return Some((progress, self.backend.filled()));
+        let zero =
+            find(template.zero_runs(), run.start).is_some_and(|zero| zero.end() >= run.end());
+        if zero || template.present_from(run) == run {
+            return self.put(address, run);
         }
-        if find(template.zero_runs(), run.start).is_some_and(|zero| zero.end() >= run.end()) {
-            let progress = backend::zero(&self.uffd, address, run.bytes(), self.page_size);
-            return Some((progress, Resolution::Zeroed));
+        if self.near {
+            if let Some(fill) = self.put_from_source(address, run) {
+                return Some(fill);
+            }
         }
         if !self.is_here(run) {
             return None;
@@ -71,7 +71,8 @@ impl Target {
         with_buffer(run.bytes() as usize, |buffer| {
             // Reads what is here, and so waits for nobody. Fails if the template is damaged.
             template.read(run.offset(), buffer).ok()?;
-            Some((self.uffd.copy(address, buffer), self.backend.filled()))
+            let progress = self.uffd.copy(address, buffer);
+            Some(Fill { run, progress, filled: self.backend.filled() })
         })
     }
 
@@ -88,15 +89,4 @@ impl Target {
         }
         true
     }
-}
-
-/// Runs `work` with this thread's buffer for a huge page, which is kept.
-fn with_buffer<T>(bytes: usize, work: impl FnOnce(&mut [u8]) -> T) -> T {
-    thread_local! {
-        static BUFFER: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
-    }
-    BUFFER.with_borrow_mut(|buffer| {
-        buffer.resize(bytes, 0);
-        work(buffer)
-    })
 }

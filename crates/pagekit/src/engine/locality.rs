@@ -34,6 +34,8 @@ pub(super) struct Locality {
 pub(super) struct Window {
     /// So many are fetched into the template.
     pub(super) fetch: u64,
+    /// So many from the demanded one on are put into the target, if they are zero by the map.
+    pub(super) zeros: u64,
     /// These are put into the target, as far as they are missing there and in the template.
     pub(super) fill: Run,
 }
@@ -41,7 +43,7 @@ pub(super) struct Window {
 impl Window {
     /// That page and no other.
     pub(super) fn alone(page: u64) -> Window {
-        Window { fetch: 1, fill: Run { start: page, pages: 1 } }
+        Window { fetch: 1, zeros: 1, fill: Run { start: page, pages: 1 } }
     }
 }
 
@@ -67,7 +69,7 @@ impl Locality {
         } else {
             Run { start: page, pages: 1 }
         };
-        Window { fetch: self.window, fill }
+        Window { fetch: self.window, zeros: self.window, fill }
     }
 
     /// How many zero pages are put together at the address with the number `at`. They cost a tenth.

@@ -14,6 +14,7 @@
 
 mod ahead;
 mod event_loop;
+mod fill;
 mod huge;
 mod locality;
 mod outcome;

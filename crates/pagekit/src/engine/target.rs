@@ -10,15 +10,15 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use rustix::process::{pidfd_send_signal, Signal};
-use uffd::{Errno, Progress, Userfaultfd};
+use uffd::{Errno, Userfaultfd};
 
 use super::locality::{Locality, Window};
 use super::outcome::Outcome;
-use super::region::{Belongs, Place, RegionMap};
+use super::region::{Belongs, RegionMap};
 use super::Shared;
-use crate::backend::{self, Backend, Resolution};
+use crate::backend::{Backend, Resolution};
 use crate::error::Error;
-use crate::page::{Run, PAGE};
+use crate::page::{find, PAGE};
 use crate::template::{Template, Waiter, Want};
 
 /// Number of a target, never used twice by a server.
@@ -43,6 +43,8 @@ pub struct Target {
     pub(super) beacon: Option<u64>,
     /// Bytes of the target's own pages: 4096, or 2 MiB for hugetlb.
     pub(super) page_size: u64,
+    /// Whether pages go from the source straight into the target, where the source has them at hand.
+    pub(super) near: bool,
     /// Taken before events are read and until they are applied, and around every install: a page
     /// that was removed can never be filled again by somebody who looked before.
     state: Mutex<State>,
@@ -121,21 +123,19 @@ pub struct NewTarget {
 impl Target {
     pub(super) fn new(id: TargetId, parent: Option<TargetId>, new: NewTarget) -> Target {
         let process = new.process.map(|(pid, pidfd)| Process { pid, pidfd: Arc::new(pidfd) });
-        let keeps_pages = !new.backend.sees_template() && new.page_size == PAGE;
-        let template_pages = new.template.whole().pages;
+        let fills = !new.backend.sees_template();
+        let keeps = if fills && new.page_size == PAGE { new.template.whole().pages } else { 0 };
         Target {
             id,
             parent,
             process: Mutex::new(process),
+            near: fills && new.template.capabilities().immediate,
             uffd: new.uffd,
             template: new.template,
             backend: new.backend,
             beacon: new.beacon,
             page_size: new.page_size,
-            state: Mutex::new(State {
-                regions: new.regions,
-                locality: Locality::new(if keeps_pages { template_pages } else { 0 }),
-            }),
+            state: Mutex::new(State { regions: new.regions, locality: Locality::new(keeps) }),
             demand: AtomicU32::new(0),
             deferred: Mutex::default(),
             faults: AtomicU64::new(0),
@@ -271,13 +271,23 @@ impl Target {
                     self.template.demanded(page);
                     self.window(state.locality.window(fault.address / PAGE, page), page)
                 });
-                match self.template.want(page, window.fetch, || self.waiter(shared, &fault)) {
-                    Want::Here => self.fill(&mut state, fault.address, page, place, window.fill),
-                    Want::Zero(zero) => {
-                        let most = if self.template.recording() { 1 } else { window.fetch };
-                        let zeros = Run::between(page, zero.end().min(page + most));
-                        self.zero(&mut state, fault.address, place.bytes.min(zeros.bytes()))
+                let filled = match find(self.template.zero_runs(), page) {
+                    Some(zero) => {
+                        let pages = window.zeros.min(zero.end() - page);
+                        let bytes = place.bytes.min(pages * PAGE);
+                        Some(self.zero(&mut state, fault.address, bytes))
                     }
+                    None => self.fill(&mut state, fault.address, page, place, window.fill),
+                };
+                if let Some(resolution) = filled {
+                    drop(state);
+                    return self.settle(shared, fault, resolution);
+                }
+                match self.template.want(page, window.fetch, || self.waiter(shared, &fault)) {
+                    // Published a moment ago.
+                    Want::Here | Want::Zero(_) => self
+                        .fill(&mut state, fault.address, page, place, window.fill)
+                        .unwrap_or(Resolution::Blocked),
                     Want::Waiting => return,
                     Want::Fetch(fetch) => {
                         // Ending a fetch serves its waiters, us included: not under the lock.
@@ -329,74 +339,6 @@ impl Target {
             };
             target.serve(&shared, fault);
         })
-    }
-
-    /// Puts `page` of the template at `address`, and what else of `along` is missing there, in the same
-    /// place, and in the template.
-    fn fill(
-        &self,
-        state: &mut State,
-        address: u64,
-        page: u64,
-        place: Place,
-        along: Run,
-    ) -> Resolution {
-        let cache = self.template.cache();
-        let fill = |run: Run| {
-            // The pages of a place lie side by side: addresses differ as pages do.
-            let address = (address + run.offset()).wrapping_sub(page * PAGE);
-            self.backend.fill(&self.uffd, cache, address, run)
-        };
-        let along = Run::between(
-            along.start.max(page - (place.bytes_before / PAGE).min(page)),
-            along.end().min(page + place.bytes / PAGE),
-        );
-        let first = Run { start: page, pages: 1 };
-        let behind = state.locality.missing(Run::between(page + 1, along.end()));
-        let end = behind.filter(|run| run.start == page + 1).map_or(page + 1, Run::end);
-        let run = self.template.present_from(Run::between(page, end));
-        let mut progress = fill(run);
-        if progress.errno == Some(Errno::NOENT) && run.pages > 1 {
-            // Perhaps the run crosses a border that the target made (mprotect): one page cannot.
-            progress = fill(first);
-        }
-        let filled = Run { start: page, pages: progress.done as u64 / PAGE };
-        state.locality.put(filled);
-        state.locality.came_to((address / PAGE).saturating_add(filled.pages));
-        let resolution = self.settled(address, progress, self.backend.filled());
-        if resolution == self.backend.filled() && !self.backend.sees_template() {
-            let mut rest = along;
-            while let Some(missing) = state.locality.missing(rest) {
-                let present = self.template.present_from(missing);
-                if present.pages > 0 {
-                    let progress = fill(present);
-                    let done = Run { start: present.start, pages: progress.done as u64 / PAGE };
-                    state.locality.put(done);
-                }
-                rest = Run::between(missing.end().max(rest.start + 1), rest.end());
-            }
-        }
-        resolution
-    }
-
-    fn zero(&self, state: &mut State, address: u64, bytes: u64) -> Resolution {
-        let zero = |bytes| backend::zero(&self.uffd, address, bytes, self.page_size);
-        let mut progress = zero(bytes.max(self.page_size));
-        if progress.errno == Some(Errno::NOENT) && bytes > self.page_size {
-            progress = zero(self.page_size);
-        }
-        state.locality.came_to((address + progress.done as u64) / PAGE);
-        self.settled(address, progress, Resolution::Zeroed)
-    }
-
-    /// What a fill's progress means for the page that somebody waits for.
-    pub(super) fn settled(
-        &self,
-        address: u64,
-        progress: Progress,
-        filled: Resolution,
-    ) -> Resolution {
-        backend::settle(&self.uffd, address, self.page_size, progress, filled)
     }
 
     pub(super) fn settle(

@@ -4,7 +4,8 @@
 //! - A mapping of a file that is cut short raises SIGBUS in whoever reads it, and a cold mapping
 //!   makes copies stop half-way: the file is read by `pread` into memory of ours, never mapped.
 //! - `preadv2` with `RWF_NOWAIT` reads what is in the page cache and answers EAGAIN for the rest:
-//!   so the event loop can serve cached content itself, without a thread that could block.
+//!   so the event loop can serve cached content itself, without a thread that could block. On tmpfs
+//!   it is refused, but there an ordinary read waits for nothing either, unless pages were swapped.
 //! - `SEEK_HOLE` tells what was never written: such runs are zero without being read.
 //! - Nothing protects the file from being changed. Size and modification time are compared with
 //!   those at opening after every read; a file that was changed or cut is an error for ever, never
@@ -32,6 +33,8 @@ pub struct File {
     path: PathBuf,
     handle: Handle,
     opened_as: Metadata,
+    /// Whether it lies on tmpfs.
+    in_memory: bool,
 }
 
 impl File {
@@ -63,7 +66,9 @@ impl File {
                 "it was cut short, or it is no memory image; make the snapshot again",
             );
         }
-        Ok(File { path: path.to_owned(), handle, opened_as })
+        const TMPFS_MAGIC: i64 = 0x0102_1994;
+        let in_memory = rustix::fs::fstatfs(&handle).is_ok_and(|found| found.f_type == TMPFS_MAGIC);
+        Ok(File { path: path.to_owned(), handle, opened_as, in_memory })
     }
 
     /// Whether the file is still what was opened, as far as size and modification time tell.
@@ -147,6 +152,9 @@ impl Source for File {
     }
 
     fn try_read(&self, offset: u64, buffer: &mut [u8]) -> Result<Option<Content>> {
+        if self.in_memory {
+            return self.read(offset, buffer).map(Some);
+        }
         let mut parts = [io::IoSliceMut::new(buffer)];
         match preadv2(&self.handle, &mut parts, offset, ReadWriteFlags::NOWAIT) {
             Ok(read) if read == buffer.len() => {

@@ -1,0 +1,136 @@
+//! Filling: how pages that can be had at once get into a target.
+//!
+//! | where they are | how they get there |
+//! |---|---|
+//! | in the template's file | as the backend does it |
+//! | nowhere: they are zero by the map | as zeros |
+//! | at hand in the source, such as a file whose pages the kernel has cached | read and copied |
+//!
+//! The last is for targets with pages of their own (`copy`). Their pages could go through the template's
+//! file too, but would cost twice as much time, and be kept twice, for nobody: the source is as near as
+//! the file would be. So what such targets take from a near source does not enter the file.
+
+use uffd::{Errno, Progress};
+
+use super::region::Place;
+use super::target::{State, Target};
+use crate::backend::{self, Resolution};
+use crate::page::{find, Run, PAGE};
+use crate::template::with_buffer;
+
+/// A fill that was tried.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Fill {
+    /// Its pages: some of those asked for, from the first one on.
+    pub(super) run: Run,
+    /// What came of it.
+    pub(super) progress: Progress,
+    /// What a page that was filled is counted as.
+    pub(super) filled: Resolution,
+}
+
+impl Target {
+    /// Puts the first pages of `run` at `address`, as many as can be had at once, in one piece and from
+    /// one place. None if the very first cannot be had at once.
+    pub(super) fn put(&self, address: u64, run: Run) -> Option<Fill> {
+        let template = &self.template;
+        let present = template.present_from(run);
+        if present.pages > 0 {
+            let progress = self.backend.fill(&self.uffd, template.cache(), address, present);
+            return Some(Fill { run: present, progress, filled: self.backend.filled() });
+        }
+        let zero_runs = template.zero_runs();
+        if let Some(zero) = find(zero_runs, run.start) {
+            let run = Run::between(run.start, run.end().min(zero.end()));
+            let progress = backend::zero(&self.uffd, address, run.bytes(), self.page_size);
+            return Some(Fill { run, progress, filled: Resolution::Zeroed });
+        }
+        if !self.near {
+            return None;
+        }
+        let zero = zero_runs.partition_point(|zero| zero.start <= run.start);
+        let end = zero_runs.get(zero).map_or(run.end(), |zero| zero.start.min(run.end()));
+        self.put_from_source(address, Run::between(run.start, end))
+    }
+
+    /// Puts all of `run` at `address`, from the source, if that has it at hand.
+    pub(super) fn put_from_source(&self, address: u64, run: Run) -> Option<Fill> {
+        with_buffer(run.bytes() as usize, |buffer| {
+            self.template.read_now(run, buffer).then(|| {
+                let progress = self.uffd.copy(address, buffer);
+                Fill { run, progress, filled: self.backend.filled() }
+            })
+        })
+    }
+
+    /// Puts `page` of the template at `address`, and what else of `along` is missing there, in the same
+    /// place, and can be had at once. None if the page cannot.
+    pub(super) fn fill(
+        &self,
+        state: &mut State,
+        address: u64,
+        page: u64,
+        place: Place,
+        along: Run,
+    ) -> Option<Resolution> {
+        // The pages of a place lie side by side: addresses differ as pages do.
+        let address_of = |of: u64| (address + of * PAGE).wrapping_sub(page * PAGE);
+        let along = Run::between(
+            along.start.max(page - (place.bytes_before / PAGE).min(page)),
+            along.end().min(page + place.bytes / PAGE),
+        );
+        let behind = state.locality.missing(Run::between(page + 1, along.end()));
+        let end = behind.filter(|run| run.start == page + 1).map_or(page + 1, Run::end);
+        let mut fill = self.put(address, Run::between(page, end))?;
+        if fill.progress.errno == Some(Errno::NOENT) && fill.run.pages > 1 {
+            // Perhaps the run crosses a border that the target made (mprotect): one page cannot.
+            fill = self.put(address, Run { start: page, pages: 1 })?;
+        }
+        state.locality.put(fill.done());
+        state.locality.came_to((address / PAGE).saturating_add(fill.done().pages));
+        let resolution = self.settled(address, fill.progress, fill.filled);
+        if resolution != fill.filled || self.backend.sees_template() {
+            return Some(resolution);
+        }
+        let mut rest = along;
+        while let Some(missing) = state.locality.missing(rest) {
+            let tried = match self.put(address_of(missing.start), missing) {
+                Some(fill) => {
+                    state.locality.put(fill.done());
+                    fill.run.end()
+                }
+                None => missing.start + 1,
+            };
+            rest = Run::between(tried, rest.end());
+        }
+        Some(resolution)
+    }
+
+    /// Puts zeros at `bytes` bytes from `address`.
+    pub(super) fn zero(&self, state: &mut State, address: u64, bytes: u64) -> Resolution {
+        let zero = |bytes| backend::zero(&self.uffd, address, bytes, self.page_size);
+        let mut progress = zero(bytes.max(self.page_size));
+        if progress.errno == Some(Errno::NOENT) && bytes > self.page_size {
+            progress = zero(self.page_size);
+        }
+        state.locality.came_to((address + progress.done as u64) / PAGE);
+        self.settled(address, progress, Resolution::Zeroed)
+    }
+
+    /// What a fill's progress means for the page that somebody waits for.
+    pub(super) fn settled(
+        &self,
+        address: u64,
+        progress: Progress,
+        filled: Resolution,
+    ) -> Resolution {
+        backend::settle(&self.uffd, address, self.page_size, progress, filled)
+    }
+}
+
+impl Fill {
+    /// The pages that the target has now.
+    pub(super) fn done(&self) -> Run {
+        Run { start: self.run.start, pages: self.progress.done as u64 / PAGE }
+    }
+}
