@@ -6,7 +6,8 @@
 //! - Guests touch clusters of pages, not single ones; but of sixteen pages brought along blindly, others
 //!   saw a guest need one and a half. So the first page demanded of a *block* comes alone. With the
 //!   second one comes the rest of the block. At worst that is two faults a block, at best nothing that
-//!   is not needed.
+//!   is not needed. (To bring the rest after waking who waited for the page saves him nothing: he is
+//!   there with the next fault before it is done, or gets the processor only when it is.)
 //! - Who reads on where he left off gets more each time, but never more at once than makes him wait as
 //!   long as some ten faults. A source is asked for more: there a request costs more than its bytes.
 

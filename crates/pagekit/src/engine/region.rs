@@ -90,6 +90,11 @@ impl RegionMap {
         })
     }
 
+    /// Whether the client put a page of the template at several addresses.
+    pub(crate) fn repeats(&self) -> bool {
+        self.homes.windows(2).any(|two| two[1].run.start < two[0].reach)
+    }
+
     /// Where pages of `run` belong, as addresses and the pages from there on; rising by pages. A page
     /// may belong at several addresses, or at none.
     pub(crate) fn places(&self, run: Run) -> Vec<(u64, Run)> {

@@ -124,7 +124,11 @@ impl Target {
     pub(super) fn new(id: TargetId, parent: Option<TargetId>, new: NewTarget) -> Target {
         let process = new.process.map(|(pid, pidfd)| Process { pid, pidfd: Arc::new(pidfd) });
         let fills = !new.backend.sees_template();
-        let keeps = if fills && new.page_size == PAGE { new.template.whole().pages } else { 0 };
+        // Where a page of the template belongs at several addresses, it may be there at one of them.
+        let keeps = match fills && new.page_size == PAGE && !new.regions.repeats() {
+            true => new.template.whole().pages,
+            false => 0,
+        };
         Target {
             id,
             parent,
