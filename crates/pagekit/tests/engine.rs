@@ -43,8 +43,17 @@ fn discard(address: u64, pages: u64) {
 
 #[test]
 fn every_page_of_every_target_has_the_templates_content() {
+    // From a source at hand, and from one that makes everybody wait.
+    let near = all_pages_of_all_targets(&[]);
+    let far = all_pages_of_all_targets(&["delay=100us"]);
+    assert_eq!(far.bytes_read, far.size, "each page was read once");
+    assert_eq!(far.present_pages, far.pages);
+    assert!(near.present_pages <= near.pages);
+}
+
+fn all_pages_of_all_targets(layers: &[&str]) -> pagekit::template::Statistics {
     const PAGES: u64 = 512;
-    let template = template(PAGES, &[]);
+    let template = template(PAGES, layers);
     let engine = engine();
     let targets: Vec<Served> =
         BOTH.iter().cycle().take(4).map(|name| Served::new(&engine, &template, name)).collect();
@@ -72,8 +81,30 @@ fn every_page_of_every_target_has_the_templates_content() {
     assert!(statistics.demand_faults > 0 && statistics.reports.is_empty(), "{statistics:?}");
     let faults: u64 = statistics.targets.iter().map(|target| target.faults).sum();
     assert_eq!(faults, statistics.demand_faults);
-    assert_eq!(template.statistics().bytes_read, PAGES * PAGE, "each page was read once");
     template.audit().unwrap();
+    template.statistics()
+}
+
+/// What targets with pages of their own take from a source at hand is kept nowhere else.
+#[test]
+fn pages_of_a_near_source_are_not_kept_twice() {
+    let template = template(64, &["stats"]);
+    let engine = engine();
+    let copies = [(); 2].map(|()| Served::new(&engine, &template, "copy"));
+    for copy in &copies {
+        (0..64).for_each(|page| assert_eq!(copy.page(page), content(page)));
+    }
+    assert_eq!(template.statistics().present_pages, 0);
+    assert_eq!(template.statistics().bytes_read, 2 * template.size());
+    assert_eq!(counted(&template, "stats.bytes"), 2 * template.size());
+    // Others have it brought for all, and then it is taken from there.
+    let share = Served::new(&engine, &template, "share");
+    (0..64).for_each(|page| assert_eq!(share.touch(page), first_byte(page)));
+    assert_eq!(template.statistics().present_pages, 64);
+    let third = Served::new(&engine, &template, "copy");
+    (0..64).for_each(|page| assert_eq!(third.page(page), content(page)));
+    assert_eq!(template.statistics().bytes_read, 3 * template.size());
+    assert_all_counted(&engine);
 }
 
 #[test]

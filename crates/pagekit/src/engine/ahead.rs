@@ -2,10 +2,10 @@
 //!
 //! Some facts, and what follows:
 //! - A page that the target gave back reads zero for good. What belongs where is looked up, and filled,
-//!   under the lock under which removals are applied: none can come between.
-//! - While that lock is held nobody serves the target's faults. So it is given back after every piece,
-//!   and demand goes first. Nor may the processor be taken away from whoever holds it, which happens when
-//!   a thread has used up its time: the thread offers it of its own accord after every piece.
+//!   under the lock under which removals are applied: none can come between. So they wait for us, and so
+//!   do the faults that are read along with them: the lock is given back after every piece.
+//! - A thread that has used up its time loses the processor, wherever it is; not with that lock held, if
+//!   it offers the processor of its own accord after every piece.
 //! - A fill stops at a page that is there already. It goes on behind it.
 //! - A fill that the kernel refuses for now (EAGAIN) is for the caller to try again later: an event is
 //!   pending, and the loop must have the lock to read it.
@@ -15,7 +15,8 @@ use std::sync::atomic::Ordering::Relaxed;
 use uffd::Errno;
 
 use super::fill::Fill;
-use super::target::{State, Target};
+use super::region::RegionMap;
+use super::target::Target;
 use super::Shared;
 use crate::page::{Run, PAGE};
 
@@ -52,12 +53,12 @@ impl Target {
         while ahead.rest.pages > 0 {
             let part = Run { pages: piece.min(ahead.rest.pages), ..ahead.rest };
             std::thread::yield_now();
-            let mut state = self.state_after_demand();
+            let regions = self.regions();
             let end = match self.template.check() {
-                Ok(()) => self.install_part(&mut state, part, &mut ahead.installed),
+                Ok(()) => self.install_part(&regions, part, &mut ahead.installed),
                 Err(_) => End::Over,
             };
-            drop(state);
+            drop(regions);
             let next = match end {
                 End::Done => part.end(),
                 End::Blocked(page) => page,
@@ -74,10 +75,10 @@ impl Target {
     }
 
     /// Fills what of `run` can be had at once, wherever it belongs.
-    fn install_part(&self, state: &mut State, run: Run, installed: &mut u64) -> End {
-        let mut places = state.regions.places(run).into_iter().peekable();
+    fn install_part(&self, regions: &RegionMap, run: Run, installed: &mut u64) -> End {
+        let mut places = regions.places(run).into_iter().peekable();
         while let Some((address, run)) = places.next() {
-            match self.install_place(state, address, run, installed) {
+            match self.install_place(address, run, installed) {
                 End::Done => {}
                 End::Over => return End::Over,
                 // The same pages may belong to the places behind, which rise by their first pages.
@@ -91,12 +92,12 @@ impl Target {
         End::Done
     }
 
-    fn install_place(&self, state: &mut State, address: u64, run: Run, installed: &mut u64) -> End {
+    fn install_place(&self, address: u64, run: Run, installed: &mut u64) -> End {
         let unit = self.page_size / PAGE;
         let mut at = run.start;
         let mut most = u64::MAX;
         while at < run.end() {
-            let Some(missing) = state.locality.missing(Run::between(at, run.end())) else { break };
+            let Some(missing) = self.missing(Run::between(at, run.end())) else { break };
             at = missing.start;
             let address = address + (at - run.start) * PAGE;
             let fill = match unit {
@@ -109,7 +110,6 @@ impl Target {
             };
             let done = progress.done as u64 / PAGE;
             *installed += done;
-            state.locality.put(Run { start: at, pages: done });
             at += done;
             match progress.errno {
                 None => {}

@@ -131,7 +131,7 @@ impl Loop<'_> {
         let mut children = Vec::new();
         let mut events = false;
         let mut starved = None;
-        let mut state = target.state();
+        let mut regions = target.regions_mut();
         loop {
             let mut read = 0;
             match target.uffd.read_events(&mut self.messages) {
@@ -140,7 +140,7 @@ impl Loop<'_> {
                     break;
                 }
                 Err(error) => {
-                    drop(state);
+                    drop(regions);
                     let message = format!("target {}: cannot read its events: {error}", target.id);
                     self.shared.report(&message);
                     self.shared.forget(target.id);
@@ -154,11 +154,11 @@ impl Loop<'_> {
                                 faults.push(address);
                                 continue;
                             }
-                            Event::Remove { start, end } => state.regions.remove(start, end),
-                            Event::Unmap { start, end } => state.regions.unmap(start, end),
-                            Event::Remap { from, to, len } => state.regions.remap(from, to, len),
+                            Event::Remove { start, end } => regions.remove(start, end),
+                            Event::Unmap { start, end } => regions.unmap(start, end),
+                            Event::Remap { from, to, len } => regions.remap(from, to, len),
                             // The child has what the parent has at this moment.
-                            Event::Fork(uffd) => children.push((uffd, state.regions.clone())),
+                            Event::Fork(uffd) => children.push((uffd, regions.clone())),
                             Event::Unknown(code) => {
                                 self.shared.report(&format!("unknown userfaultfd event {code:#x}"));
                             }
@@ -171,7 +171,7 @@ impl Loop<'_> {
                 break;
             }
         }
-        drop(state);
+        drop(regions);
         let now = Instant::now();
         for (uffd, regions) in children {
             self.adopt(target, uffd, regions);

@@ -13,7 +13,7 @@
 use uffd::{Errno, Progress};
 
 use super::region::Place;
-use super::target::{State, Target};
+use super::target::Target;
 use crate::backend::{self, Resolution};
 use crate::page::{find, Run, PAGE};
 use crate::template::with_buffer;
@@ -33,6 +33,12 @@ impl Target {
     /// Puts the first pages of `run` at `address`, as many as can be had at once, in one piece and from
     /// one place. None if the very first cannot be had at once.
     pub(super) fn put(&self, address: u64, run: Run) -> Option<Fill> {
+        let fill = self.put_some(address, run)?;
+        self.locality().put(fill.there());
+        Some(fill)
+    }
+
+    fn put_some(&self, address: u64, run: Run) -> Option<Fill> {
         let template = &self.template;
         let present = template.present_from(run);
         if present.pages > 0 {
@@ -67,7 +73,6 @@ impl Target {
     /// place, and can be had at once. None if the page cannot.
     pub(super) fn fill(
         &self,
-        state: &mut State,
         address: u64,
         page: u64,
         place: Place,
@@ -79,41 +84,42 @@ impl Target {
             along.start.max(page - (place.bytes_before / PAGE).min(page)),
             along.end().min(page + place.bytes / PAGE),
         );
-        let behind = state.locality.missing(Run::between(page + 1, along.end()));
+        let behind = self.missing(Run::between(page + 1, along.end()));
         let end = behind.filter(|run| run.start == page + 1).map_or(page + 1, Run::end);
         let mut fill = self.put(address, Run::between(page, end))?;
         if fill.progress.errno == Some(Errno::NOENT) && fill.run.pages > 1 {
             // Perhaps the run crosses a border that the target made (mprotect): one page cannot.
             fill = self.put(address, Run { start: page, pages: 1 })?;
         }
-        state.locality.put(fill.done());
-        state.locality.came_to((address / PAGE).saturating_add(fill.done().pages));
+        self.locality().came_to((address / PAGE).saturating_add(fill.there().pages));
         let resolution = self.settled(address, fill.progress, fill.filled);
-        if resolution != fill.filled || self.backend.sees_template() {
-            return Some(resolution);
-        }
-        let mut rest = along;
-        while let Some(missing) = state.locality.missing(rest) {
-            let tried = match self.put(address_of(missing.start), missing) {
-                Some(fill) => {
-                    state.locality.put(fill.done());
-                    fill.run.end()
+        if resolution == fill.filled && !self.backend.sees_template() {
+            for mut rest in
+                [Run::between(fill.run.end(), along.end()), Run::between(along.start, page)]
+            {
+                while let Some(missing) = self.missing(rest) {
+                    let fill = self.put(address_of(missing.start), missing);
+                    let tried = fill.map_or(missing.start + 1, |fill| fill.run.end());
+                    rest = Run::between(tried, rest.end());
                 }
-                None => missing.start + 1,
-            };
-            rest = Run::between(tried, rest.end());
+            }
         }
         Some(resolution)
     }
 
+    /// The first pages of `run` that the target has not got, in one piece.
+    pub(super) fn missing(&self, run: Run) -> Option<Run> {
+        self.locality().missing(run)
+    }
+
     /// Puts zeros at `bytes` bytes from `address`.
-    pub(super) fn zero(&self, state: &mut State, address: u64, bytes: u64) -> Resolution {
+    pub(super) fn zero(&self, address: u64, bytes: u64) -> Resolution {
         let zero = |bytes| backend::zero(&self.uffd, address, bytes, self.page_size);
         let mut progress = zero(bytes.max(self.page_size));
         if progress.errno == Some(Errno::NOENT) && bytes > self.page_size {
             progress = zero(self.page_size);
         }
-        state.locality.came_to((address + progress.done as u64) / PAGE);
+        self.locality().came_to((address + progress.done as u64) / PAGE);
         self.settled(address, progress, Resolution::Zeroed)
     }
 
@@ -129,8 +135,9 @@ impl Target {
 }
 
 impl Fill {
-    /// The pages that the target has now.
-    pub(super) fn done(&self) -> Run {
-        Run { start: self.run.start, pages: self.progress.done as u64 / PAGE }
+    /// The pages that the target certainly has now.
+    fn there(&self) -> Run {
+        let found = u64::from(self.progress.errno == Some(Errno::EXIST));
+        Run { start: self.run.start, pages: self.progress.done as u64 / PAGE + found }
     }
 }

@@ -8,10 +8,11 @@
 //! - There is no zero page of this size: zeros are copied.
 //! - Whoever fills one takes it from the pool that the target reserved when it mapped its memory.
 
-use std::sync::{Arc, MutexGuard};
+use std::sync::{Arc, RwLockReadGuard};
 
 use super::fill::Fill;
-use super::target::{Fault, State, Target};
+use super::region::RegionMap;
+use super::target::{Fault, Target};
 use super::Shared;
 use crate::error::Error;
 use crate::page::{find, Run, PAGE};
@@ -24,13 +25,13 @@ impl Target {
         self: &Arc<Self>,
         shared: &Arc<Shared>,
         mut fault: Fault,
-        state: MutexGuard<'_, State>,
+        regions: RwLockReadGuard<'_, RegionMap>,
         page: u64,
         bytes: u64,
     ) {
         let run = Run { start: page, pages: self.page_size / PAGE };
         if bytes < self.page_size {
-            drop(state);
+            drop(regions);
             let message = "only a part of a huge page belongs to its region".to_owned();
             return self.give_up(shared, fault, Arc::new(Error::Integrity { message }));
         }
@@ -39,12 +40,12 @@ impl Target {
             (run.start..run.end()).for_each(|page| self.template.demanded(page));
         }
         if let Some(fill) = self.fill_huge(fault.address, run) {
-            drop(state);
+            drop(regions);
             let resolution = self.settled(fault.address, fill.progress, fill.filled);
             return self.settle(shared, fault, resolution);
         }
         // The waiter may be called at once, and serves: not under the lock.
-        drop(state);
+        drop(regions);
         for fetch in self.template.want_all(run, self.waiter(shared, &fault)) {
             if let Some(fetch) = fetch.now() {
                 shared.workers.submit(fetch);

@@ -3,10 +3,10 @@
 use std::collections::btree_map::{BTreeMap, Entry};
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{
-    AtomicBool, AtomicU32, AtomicU64,
+    AtomicBool, AtomicU64,
     Ordering::{Relaxed, Release},
 };
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::{Duration, Instant};
 
 use rustix::process::{pidfd_send_signal, Signal};
@@ -45,11 +45,12 @@ pub struct Target {
     pub(super) page_size: u64,
     /// Whether pages go from the source straight into the target, where the source has them at hand.
     pub(super) near: bool,
-    /// Taken before events are read and until they are applied, and around every install: a page
-    /// that was removed can never be filled again by somebody who looked before.
-    state: Mutex<State>,
-    /// How many wait for the state to read events or to serve a fault.
-    demand: AtomicU32,
+    /// Which page belongs where. Written from before events are read until they are applied, read around
+    /// every fill: a page that was given back can never be filled again by somebody who looked before.
+    /// (Who waits to write goes before who comes to read: events are read though others fill.)
+    regions: RwLock<RegionMap>,
+    /// Which pages had better come along. Never held for long.
+    locality: Mutex<Locality>,
     /// Faults that the kernel refused for now, by address.
     deferred: Mutex<BTreeMap<u64, Fault>>,
     pub(super) faults: AtomicU64,
@@ -64,13 +65,6 @@ pub struct Target {
 struct Process {
     pid: i32,
     pidfd: Arc<OwnedFd>,
-}
-
-/// The part of a target that events change.
-#[derive(Debug)]
-pub(super) struct State {
-    pub(super) regions: RegionMap,
-    pub(super) locality: Locality,
 }
 
 /// A fault on its way.
@@ -139,8 +133,8 @@ impl Target {
             backend: new.backend,
             beacon: new.beacon,
             page_size: new.page_size,
-            state: Mutex::new(State { regions: new.regions, locality: Locality::new(keeps) }),
-            demand: AtomicU32::new(0),
+            regions: RwLock::new(new.regions),
+            locality: Mutex::new(Locality::new(keeps)),
             deferred: Mutex::default(),
             faults: AtomicU64::new(0),
             ahead: AtomicU64::new(0),
@@ -178,24 +172,18 @@ impl Target {
         true
     }
 
-    /// The state, for reading events and for serving faults.
-    pub(super) fn state(&self) -> MutexGuard<'_, State> {
-        if let Ok(state) = self.state.try_lock() {
-            return state;
-        }
-        self.demand.fetch_add(1, Relaxed);
-        let state = lock(&self.state);
-        self.demand.fetch_sub(1, Relaxed);
-        state
+    /// For looking up what belongs where, and filling it.
+    pub(super) fn regions(&self) -> RwLockReadGuard<'_, RegionMap> {
+        self.regions.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The state, for filling ahead: whoever serves demand goes first. (A mutex lets him pass who has
-    /// just given it back, again and again.)
-    pub(super) fn state_after_demand(&self) -> MutexGuard<'_, State> {
-        while self.demand.load(Relaxed) > 0 {
-            std::thread::yield_now();
-        }
-        lock(&self.state)
+    /// For reading events and applying them.
+    pub(super) fn regions_mut(&self) -> RwLockWriteGuard<'_, RegionMap> {
+        self.regions.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn locality(&self) -> MutexGuard<'_, Locality> {
+        lock(&self.locality)
     }
 
     /// A fault that was read now.
@@ -214,14 +202,14 @@ impl Target {
 
     /// Wakes everybody who waits: whose page is still missing faults again.
     pub(super) fn wake_all(&self) {
-        for (start, bytes) in self.state().regions.ranges() {
+        for (start, bytes) in self.regions().ranges() {
             let _ = self.uffd.wake(start, bytes);
         }
     }
 
     /// Whether its address space still exists.
     pub(super) fn is_alive(&self) -> bool {
-        let address = self.state().regions.any_address().or(self.beacon);
+        let address = self.regions().any_address().or(self.beacon);
         !self.gone.load(Relaxed) && address.is_some_and(|address| self.uffd.is_alive(address))
     }
 
@@ -253,49 +241,50 @@ impl Target {
         if self.beacon == Some(fault.address) {
             return self.answer_beacon(shared, fault);
         }
-        let mut state = self.state();
-        let Some(place) = state.regions.find(fault.address) else {
-            drop(state);
+        let regions = self.regions();
+        let Some(place) = regions.find(fault.address) else {
+            drop(regions);
             return self.nothing_known(shared, fault);
         };
         let resolution = match place.belongs {
             Belongs::Zero => {
-                let pages = state.locality.zeros(fault.address / PAGE);
-                self.zero(&mut state, fault.address, place.bytes.min(pages * PAGE))
+                let pages = self.locality().zeros(fault.address / PAGE);
+                self.zero(fault.address, place.bytes.min(pages * PAGE))
             }
             Belongs::Template(page) => {
                 if let Err(error) = self.template.check() {
-                    drop(state);
+                    drop(regions);
                     return self.give_up(shared, fault, error);
                 }
                 if self.page_size != PAGE {
-                    return self.serve_huge(shared, fault, state, page, place.bytes);
+                    return self.serve_huge(shared, fault, regions, page, place.bytes);
                 }
                 let window = *fault.window.get_or_insert_with(|| {
                     self.template.demanded(page);
-                    self.window(state.locality.window(fault.address / PAGE, page), page)
+                    let usual = self.locality().window(fault.address / PAGE, page);
+                    self.window(usual, page)
                 });
                 let filled = match find(self.template.zero_runs(), page) {
                     Some(zero) => {
                         let pages = window.zeros.min(zero.end() - page);
                         let bytes = place.bytes.min(pages * PAGE);
-                        Some(self.zero(&mut state, fault.address, bytes))
+                        Some(self.zero(fault.address, bytes))
                     }
-                    None => self.fill(&mut state, fault.address, page, place, window.fill),
+                    None => self.fill(fault.address, page, place, window.fill),
                 };
                 if let Some(resolution) = filled {
-                    drop(state);
+                    drop(regions);
                     return self.settle(shared, fault, resolution);
                 }
                 match self.template.want(page, window.fetch, || self.waiter(shared, &fault)) {
                     // Published a moment ago.
                     Want::Here | Want::Zero(_) => self
-                        .fill(&mut state, fault.address, page, place, window.fill)
+                        .fill(fault.address, page, place, window.fill)
                         .unwrap_or(Resolution::Blocked),
                     Want::Waiting => return,
                     Want::Fetch(fetch) => {
                         // Ending a fetch serves its waiters, us included: not under the lock.
-                        drop(state);
+                        drop(regions);
                         if let Some(fetch) = fetch.now() {
                             shared.workers.submit(fetch);
                         }
@@ -304,7 +293,7 @@ impl Target {
                 }
             }
         };
-        drop(state);
+        drop(regions);
         self.settle(shared, fault, resolution);
     }
 
