@@ -35,7 +35,7 @@ PATIENCE = 60.0
 """Seconds after which something that must happen has not."""
 
 # What a machine that is said to run the whole suite has.
-REQUIRED = {"userfaultfd", "root", "cc", "setpriv", "prlimit"}
+REQUIRED = {"userfaultfd", "fuse", "root", "cc", "setpriv", "prlimit"}
 
 
 def need(name: str, condition: object, reason: str) -> None:
@@ -278,7 +278,7 @@ class Daemon:
     def __init__(
         self,
         spec: str,
-        socket: Path,
+        socket: Path | None,
         *options: object,
         prefix: Sequence[object] = (),
         program: Path | None = None,
@@ -289,8 +289,7 @@ class Daemon:
             *prefix,
             program or server_program(),
             spec,
-            "--socket",
-            socket,
+            *(["--socket", socket] if socket else []),
             "--json",
             *options,
         ]

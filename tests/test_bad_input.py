@@ -113,7 +113,7 @@ def test_a_file_that_may_not_be_read(memory: Memory) -> None:
     "arguments, words",
     [
         ([], "SPEC is missing"),
-        (["zero:1M"], "--socket is missing"),
+        (["zero:1M"], "there is no way in"),
         (["zero:1M", "--socket"], "--socket"),
         (["zero:1M", "--socket", "s", "--layer", "cache"], '"cache" names no layer'),
         (["zero:1M", "--socket", "s", "--layer", "delay=soon"], "for example delay=2ms"),

@@ -14,7 +14,7 @@ import click
 from .. import __version__
 from ..errors import PagekitError
 
-_VERBS = ("boot", "demo", "doctor", "serve")
+_VERBS = ("boot", "demo", "doctor", "mount", "serve")
 
 
 class _Verbs(click.Group):

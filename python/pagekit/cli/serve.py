@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
+from typing import Any
 
 import click
 
-from ..client import server_program, shim_path
+from .program import become_server, shared_options
 
 
 @click.command(name="serve")
@@ -19,60 +19,16 @@ from ..client import server_program, shim_path
 @click.option("--mount-name", metavar="NAME", help="The name of that file.  [default: memory]")
 @click.option("--mount-mode", metavar="OCTAL", help="The mode of that file.  [default: 400]")
 @click.option(
-    "--passthrough",
-    type=click.Choice(["auto", "never", "always"]),
-    help="Let the kernel serve that file from a local one by itself.  [default: auto]",
-)
-@click.option("--readahead", metavar="SIZE", help="Read so much around a page.  [default: 128K]")
-@click.option("--owner", metavar="UID[:GID]", help="Give the socket to this user (and group).")
-@click.option("--mode", metavar="OCTAL", help="Mode of the socket.  [default: 600]")
-@click.option("--allow", metavar="UID", multiple=True, help="Let in only these users.")
-@click.option("--record", metavar="FILE", help="Record the pages demanded, into a working set.")
-@click.option(
-    "--ready",
-    metavar="WHEN",
-    help="What is demanded later is not critical: settle=TIME, time=TIME, exit.  "
-    "[default: settle=500ms]",
-)
-@click.option("--working-set", metavar="FILE", help="Fetch the pages of a working set ahead.")
-@click.option("--rest", is_flag=True, help="Fetch those that are not critical, too.")
-@click.option("--rate", metavar="RATE", help="Fetch ahead at most so fast: 100MB/s.")
-@click.option("--layer", "layers", multiple=True, help="Wrap the source, outermost first.")
-@click.option(
     "--backend",
     type=click.Choice(["auto", "share", "copy", "plain"]),
-    default="auto",
-    show_default=True,
-    help="How programs get the memory.",
+    help="How programs with the shim get the memory.  [default: auto]",
 )
-@click.option("--deadline", default="5s", show_default=True, help="Give up a page after this time.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object when ready, one at the end.")
+@click.option("--mode", metavar="OCTAL", help="Mode of the sockets.  [default: 600]")
+@click.option("--allow", metavar="UID", multiple=True, help="Let in only these users.")
+@shared_options
 @click.option("--run", "captive", is_flag=True, help="Run COMMAND, and live and die with it.")
 @click.argument("command_line", metavar="[COMMAND]...", nargs=-1, type=click.UNPROCESSED)
-def command(
-    spec: str,
-    socket: str | None,
-    firecracker: tuple[str, ...],
-    mount: str | None,
-    mount_name: str | None,
-    mount_mode: str | None,
-    passthrough: str | None,
-    readahead: str | None,
-    owner: str | None,
-    mode: str | None,
-    allow: tuple[str, ...],
-    record: str | None,
-    ready: str | None,
-    working_set: str | None,
-    rest: bool,
-    rate: str | None,
-    layers: tuple[str, ...],
-    backend: str,
-    deadline: str,
-    as_json: bool,
-    captive: bool,
-    command_line: tuple[str, ...],
-) -> None:
+def command(spec: str, captive: bool, command_line: tuple[str, ...], **options: Any) -> None:
     """Serve the memory SPEC, page by page, to VMMs and other programs.
 
     SPEC is where the pages come from: file:PATH or zero:SIZE. Layers are pass, stats, delay=TIME,
@@ -86,37 +42,8 @@ def command(
       pagekit serve file:memory --layer delay=2ms,1GB/s,16 --mount /run/pk
       pagekit serve file:memory --socket pk.sock --record memory.pkws
       pagekit serve file:memory --socket pk.sock --working-set memory.pkws
-      pagekit serve file:memory --layer delay=2ms --socket pk.sock --run -- ./program {file}
+      pagekit serve file:memory --layer stats --socket pk.sock --run -- ./program {file}
     """
     if captive != bool(command_line):
         raise click.UsageError("--run and a command after -- belong together")
-    program = str(server_program())
-    arguments = [program, spec, "--backend", backend, "--deadline", deadline]
-    for option, value in (
-        ("--socket", socket),
-        ("--mount", mount),
-        ("--mount-name", mount_name),
-        ("--mount-mode", mount_mode),
-        ("--passthrough", passthrough),
-        ("--readahead", readahead),
-        ("--owner", owner),
-        ("--mode", mode),
-        ("--record", record),
-        ("--ready", ready),
-        ("--working-set", working_set),
-        ("--rate", rate),
-    ):
-        if value is not None:
-            arguments += [option, value]
-    for option, values in (("--firecracker", firecracker), ("--allow", allow), ("--layer", layers)):
-        for value in values:
-            arguments += [option, value]
-    if rest:
-        arguments.append("--rest")
-    arguments += ["--shim", str(shim_path())]
-    if as_json:
-        arguments.append("--json")
-    if captive:
-        arguments += ["--run", *command_line]
-    # The server takes over this process: no Python stays around it.
-    os.execv(program, arguments)
+    become_server(spec, options, command_line)

@@ -13,14 +13,10 @@
 //! - A descriptor that finds no room in our table is closed by the kernel while it is received. The
 //!   client that sent it cannot be served.
 
-use std::collections::HashMap;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
-use std::sync::atomic::{
-    AtomicBool, AtomicU64,
-    Ordering::{AcqRel, Relaxed},
-};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -40,6 +36,8 @@ use crate::wire::firecracker::{Handshake, Incoming, Region};
 
 /// From the connection until the handshake is complete.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// From the end of a connection, which a process closes while it ends, until it has ended.
+const ENDING: Duration = Duration::from_secs(1);
 /// Clients in the middle of their handshake; further ones wait at the door.
 const MOST_VISITORS: usize = 1024;
 /// Bytes of incomplete handshakes, of all clients together.
@@ -93,8 +91,20 @@ struct Visitor {
     deadline: Instant,
     message: Incoming,
     descriptors: Vec<OwnedFd>,
-    /// Whether it has registered memory with a userfaultfd that we got, so far as we know.
+    /// Whether it handed over a userfaultfd, so far as we know.
     handed_over: bool,
+    /// Why it cannot be served, if it has hung up. Perhaps it is just ending.
+    hung_up: Option<String>,
+}
+
+impl Visitor {
+    /// What tells that there is something to attend to.
+    fn watched(&self) -> BorrowedFd<'_> {
+        match self.hung_up {
+            None => self.socket.as_fd(),
+            Some(_) => self.pidfd.as_fd(),
+        }
+    }
 }
 
 impl Listener {
@@ -169,64 +179,60 @@ impl Drop for Listener {
 
 impl Service {
     fn run(&self) {
-        let mut visitors: HashMap<i32, Visitor> = HashMap::new();
+        let mut visitors: Vec<Visitor> = Vec::new();
         let mut buffer = vec![0; PIECE];
         while !self.stopped.load(Relaxed) {
-            for descriptor in self.wait(&visitors) {
-                if let Some(door) =
-                    self.doors.iter().find(|door| door.as_fd().as_raw_fd() == descriptor)
-                {
-                    self.accept(door, &mut visitors);
-                } else if let Some(visitor) = visitors.get_mut(&descriptor) {
-                    let outcome = self.attend(visitor, &mut buffer);
-                    if !matches!(outcome, Ok(false)) {
-                        let visitor = visitors.remove(&descriptor);
-                        if let (Err(why), Some(visitor)) = (outcome, visitor) {
-                            self.refuse(visitor, &why);
-                        }
-                    }
+            let (doors, ready) = self.wait(&visitors);
+            // From the last one on: taking one out moves only those that were attended to.
+            for at in ready.into_iter().rev() {
+                match self.attend(&mut visitors[at], &mut buffer) {
+                    Ok(true) => drop(visitors.swap_remove(at)),
+                    Ok(false) => {}
+                    Err(why) => self.refuse(visitors.swap_remove(at), &why),
                 }
             }
             self.limit(&mut visitors);
+            doors.into_iter().for_each(|at| self.accept(&self.doors[at], &mut visitors));
         }
-        for (_, visitor) in visitors {
-            self.refuse(visitor, "the server ends");
-        }
+        visitors.into_iter().for_each(|visitor| self.refuse(visitor, "the server ends"));
     }
 
-    /// Waits until a descriptor is ready or a visitor has no time left.
-    fn wait(&self, visitors: &HashMap<i32, Visitor>) -> Vec<i32> {
-        let mut watched = vec![PollFd::new(&self.wake, PollFlags::IN)];
-        if visitors.len() < MOST_VISITORS {
-            watched.extend(self.doors.iter().map(|door| PollFd::new(door, PollFlags::IN)));
-        }
-        watched.extend(visitors.values().map(|v| PollFd::new(&v.socket, PollFlags::IN)));
-        let until = visitors.values().map(|visitor| visitor.deadline).min();
+    /// Waits until something is ready or a visitor has no time left. Returns the places of doors and of
+    /// visitors that are ready.
+    fn wait(&self, visitors: &[Visitor]) -> (Vec<usize>, Vec<usize>) {
+        let doors = if visitors.len() < MOST_VISITORS { &self.doors[..] } else { &[] };
+        let mut watched: Vec<PollFd<'_>> =
+            doors.iter().map(|door| PollFd::new(door, PollFlags::IN)).collect();
+        watched
+            .extend(visitors.iter().map(|v| PollFd::from_borrowed_fd(v.watched(), PollFlags::IN)));
+        watched.push(PollFd::new(&self.wake, PollFlags::IN));
+        let until = visitors.iter().map(|visitor| visitor.deadline).min();
         let timeout = until.map(|until| {
             let left = until.saturating_duration_since(Instant::now());
             Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() }
         });
         // An error (EINTR) is an early return, nothing else.
         let _ = poll(&mut watched, timeout.as_ref());
-        watched
-            .iter()
-            .filter(|entry| !entry.revents().is_empty())
-            .map(|entry| entry.as_fd().as_raw_fd())
-            .collect()
+        let ready = |watched: &[PollFd<'_>]| -> Vec<usize> {
+            let places = watched.iter().enumerate();
+            places.filter(|(_, one)| !one.revents().is_empty()).map(|(at, _)| at).collect()
+        };
+        let (doors, visitors) = watched[..watched.len() - 1].split_at(doors.len());
+        (ready(doors), ready(visitors))
     }
 
-    fn accept(&self, door: &Door, visitors: &mut HashMap<i32, Visitor>) {
+    fn accept(&self, door: &Door, visitors: &mut Vec<Visitor>) {
         while visitors.len() < MOST_VISITORS {
             let (socket, peer) = match door.accept() {
                 Visit::Admitted(socket, peer) => (socket, peer),
                 Visit::Refused(peer) => {
-                    self.not_allowed.fetch_add(1, Relaxed);
                     self.engine.report(&format!(
                         "user {} (pid {}) is not allowed to connect to {}",
                         peer.uid,
                         peer.pid,
                         door.path().display()
                     ));
+                    self.not_allowed.fetch_add(1, Relaxed);
                     continue;
                 }
                 Visit::Nobody => return,
@@ -234,26 +240,29 @@ impl Service {
             let pidfd = match open_pidfd(&socket, peer) {
                 Ok(pidfd) => pidfd,
                 Err(why) => {
-                    self.refused.fetch_add(1, Relaxed);
                     self.engine.report(&format!("{} cannot be served: {why}", name(peer)));
+                    self.refused.fetch_add(1, Relaxed);
                     continue;
                 }
             };
-            let visitor = Visitor {
+            visitors.push(Visitor {
+                socket,
                 peer,
                 pidfd,
                 deadline: Instant::now() + PATIENCE,
                 message: Incoming::default(),
                 descriptors: Vec::new(),
                 handed_over: false,
-                socket,
-            };
-            visitors.insert(visitor.socket.as_raw_fd(), visitor);
+                hung_up: None,
+            });
         }
     }
 
     /// Takes what a visitor has sent, and serves it if that is all. Says whether it is done with.
     fn attend(&self, visitor: &mut Visitor, buffer: &mut [u8]) -> Result<bool, String> {
+        if let Some(why) = &visitor.hung_up {
+            return Err(why.clone());
+        }
         let received = match passing::receive_some(&visitor.socket, buffer) {
             Ok(received) => received,
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(false),
@@ -270,12 +279,18 @@ impl Service {
             return Err(format!("it sent {sent} descriptors instead of one"));
         }
         if received.bytes == 0 {
-            return match (visitor.message.is_complete(), visitor.message.is_empty()) {
-                (true, _) => Err("it sent no userfaultfd".to_owned()),
-                (false, false) => Err("it hung up in the middle of its handshake".to_owned()),
+            let why = match (visitor.message.is_complete(), visitor.message.is_empty()) {
+                (true, _) => "it sent no userfaultfd",
+                (false, false) => "it hung up in the middle of its handshake",
                 // Somebody looked whether somebody is there.
-                (false, true) => Ok(true),
+                (false, true) => return Ok(true),
             };
+            if !visitor.handed_over {
+                return Err(why.to_owned());
+            }
+            visitor.hung_up = Some(why.to_owned());
+            visitor.deadline = visitor.deadline.min(Instant::now() + ENDING);
+            return Ok(false);
         }
         let message = &mut visitor.message;
         message.push(&buffer[..received.bytes]).map_err(|malformed| malformed.to_string())?;
@@ -330,13 +345,12 @@ impl Service {
 
     /// Turns a visitor away. One that would wait for ever is killed.
     fn refuse(&self, visitor: Visitor, why: &str) {
-        self.refused.fetch_add(1, Relaxed);
         let consequence = match visitor.handed_over {
             false => "it was disconnected".to_owned(),
             true if has_ended(&visitor.pidfd) => "it has ended already".to_owned(),
             true => match kill(visitor.peer.pid, &visitor.pidfd) {
                 Ok(()) => {
-                    self.killed.fetch_add(1, AcqRel);
+                    self.killed.fetch_add(1, Relaxed);
                     "it was killed, for it would wait for its memory for ever".to_owned()
                 }
                 Err(error) => format!("and it could not be killed: {error}"),
@@ -344,27 +358,27 @@ impl Service {
         };
         let who = name(visitor.peer);
         self.engine.report(&format!("{who} cannot be served: {why}; {consequence}"));
+        self.refused.fetch_add(1, Relaxed);
     }
 
     /// Turns away who takes too long, or too much room.
-    fn limit(&self, visitors: &mut HashMap<i32, Visitor>) {
+    fn limit(&self, visitors: &mut Vec<Visitor>) {
         let now = Instant::now();
-        let late: Vec<i32> =
-            visitors.iter().filter(|(_, v)| v.deadline <= now).map(|(key, _)| *key).collect();
-        for visitor in late.iter().filter_map(|key| visitors.remove(key)) {
+        while let Some(at) = visitors.iter().position(|visitor| visitor.deadline <= now) {
+            let mut visitor = visitors.swap_remove(at);
             let what = match (visitor.message.is_complete(), visitor.descriptors.is_empty()) {
                 (true, true) => "it sent no userfaultfd",
                 (_, true) => "it sent neither all of its regions nor its userfaultfd",
                 (_, false) => "it did not send all of its regions",
             };
-            self.refuse(visitor, &format!("{what} within {} s", PATIENCE.as_secs()));
+            let late = || format!("{what} within {} s", PATIENCE.as_secs());
+            let why = visitor.hung_up.take().unwrap_or_else(late);
+            self.refuse(visitor, &why);
         }
-        while visitors.values().map(|visitor| visitor.message.len()).sum::<usize>() > MOST_BYTES {
-            let largest = visitors.iter().max_by_key(|(_, v)| v.message.len());
-            let Some(visitor) = largest.map(|(key, _)| *key).and_then(|key| visitors.remove(&key))
-            else {
-                return;
-            };
+        while visitors.iter().map(|visitor| visitor.message.len()).sum::<usize>() > MOST_BYTES {
+            let sizes = visitors.iter().enumerate().map(|(at, v)| (v.message.len(), at));
+            let Some((_, at)) = sizes.max() else { return };
+            let visitor = visitors.swap_remove(at);
             self.refuse(visitor, "too many large handshakes arrive at once");
         }
     }
@@ -395,6 +409,10 @@ impl Registered<'_> {
     /// What is not as it must be.
     fn check(&mut self, regions: &[Region]) -> Result<(), String> {
         for region in regions {
+            // The kernel wakes at any address of a process, and only there.
+            if self.uffd.wake(region.start, region.run.bytes()).is_err() {
+                return Err(format!("the region at {:#x} is in no address space", region.start));
+            }
             let found = match self.probe(region.start, PAGE)? {
                 Errno::INVAL => "huge pages",
                 Errno::FAULT => "pages of 4096 bytes",

@@ -282,13 +282,14 @@ const ROLE: &str = "PAGEKIT_TEST_ROLE";
 
 /// Runs the test `role` of this program in a process of its own, where [`playing`] is true.
 pub fn play(role: &str, stderr: Stdio) -> ExitStatus {
-    Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", role, "--nocapture"])
-        .env(ROLE, role)
-        .stdout(Stdio::null())
-        .stderr(stderr)
-        .status()
-        .unwrap()
+    actor(role).stderr(stderr).status().unwrap()
+}
+
+/// The test `role` of this program, to be run in a process of its own.
+pub fn actor(role: &str) -> Command {
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    command.args(["--exact", role, "--nocapture"]).env(ROLE, role).stdout(Stdio::null());
+    command
 }
 
 /// Whether this process was started to play `role`; in any other a test of that name does nothing.
