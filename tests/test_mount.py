@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import mmap
-import os
 import signal
 import stat
 import subprocess
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import support
-from support import PAGE, Daemon, Memory, need, need_root, page_content, start, stopping
+from support import PAGE, Daemon, Memory, need_fuse, page_content, start, stopping
 
 import pagekit
 from pagekit.errors import AddressInUse, UsageError
@@ -23,8 +22,7 @@ PAGEKIT = [Path(sys.executable).with_name("pagekit")]
 
 @pytest.fixture
 def memory() -> Iterator[Memory]:
-    need_root()
-    need("fuse", os.access("/dev/fuse", os.R_OK | os.W_OK), "there is no /dev/fuse")
+    need_fuse()
     with support.reachable_directory() as directory:
         yield support.make_memory(directory)
 

@@ -23,6 +23,8 @@ use fuser::{
     ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
 };
 
+use rustix::fs::{Mode, OFlags};
+
 use super::{Counters, Options};
 use crate::engine::Engine;
 use crate::error::Error;
@@ -117,8 +119,8 @@ impl Stream {
             false => SHORTEST_WINDOW,
         };
         self.next = run.end();
-        let end = (run.start + self.window).max(run.end()).next_multiple_of(SHORTEST_WINDOW);
-        Run::between(run.start - run.start % SHORTEST_WINDOW, end.min(whole.end()))
+        let start = run.start - run.start % SHORTEST_WINDOW;
+        Run::between(start, (start + self.window).max(run.end()).min(whole.end()))
     }
 }
 
@@ -233,6 +235,9 @@ impl Shared {
     /// concern them: no thread that such a request may be waiting for calls this.
     pub(super) fn push(&self, run: Run) -> Taken {
         let Some(notifier) = self.notifier.get() else { return Taken::Over };
+        // What nobody has looked up yet the kernel does not know, and ignores.
+        let flags = OFlags::PATH | OFlags::CLOEXEC;
+        let _known = rustix::fs::open(&self.path, flags, Mode::empty());
         let mut at = run.start;
         while at < run.end() {
             if self.stopped.load(Relaxed) || self.check().is_err() {
@@ -328,6 +333,7 @@ impl Shared {
         let inside = (request.offset - run.offset()) as usize;
         let wanted = inside..inside + request.bytes as usize;
         let (born, bytes) = (request.born, request.bytes);
+        self.counters.bytes.fetch_add(bytes, Relaxed);
         let mut parts = self.parts(run);
         match parts.next() {
             Some((true, part)) if part == run => request.reply.data(&self.present(run)[wanted]),
@@ -343,7 +349,6 @@ impl Shared {
                 request.reply.data(&pieces[wanted]);
             }),
         }
-        self.counters.bytes.fetch_add(bytes, Relaxed);
         self.counters.latency.count(born.elapsed());
     }
 
@@ -355,10 +360,12 @@ impl Shared {
         }
         let before = self.counters.errors.fetch_add(1, Relaxed);
         if before < MOST_REPORTS {
+            let pages = match run.pages {
+                1 => format!("page {}", run.start),
+                _ => format!("pages {} to {}", run.start, run.end() - 1),
+            };
             self.engine.report(&format!(
-                "pages {} to {} of {} cannot be had: {error}{}",
-                run.start,
-                run.end() - 1,
+                "{pages} of {} cannot be had: {error}{}",
                 self.path.display(),
                 if before + 1 == MOST_REPORTS { " (further errors are only counted)" } else { "" },
             ));
@@ -699,7 +706,6 @@ impl Filesystem for OneFile {
 /// Opens the file of `descriptor` read-only through a mount that is read-only whatever the file's own
 /// one is: through a descriptor that is passed through, clients could write otherwise.
 pub(super) fn readonly_view(descriptor: BorrowedFd<'_>) -> io::Result<std::os::fd::OwnedFd> {
-    use rustix::fs::{Mode, OFlags};
     use rustix::mount::{open_tree, OpenTreeFlags};
     use std::os::fd::AsRawFd;
     let clone = open_tree(

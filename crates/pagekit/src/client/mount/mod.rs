@@ -80,7 +80,7 @@ pub const USUAL_READAHEAD: u64 = 128 << 10;
 pub const USUAL_NAME: &str = "memory";
 /// Threads that read requests.
 const THREADS: usize = 2;
-/// How long the end of a connection is waited for, which comes at once where it can be forced.
+/// How long the end of a connection is waited for, which comes at once.
 const PATIENCE: Duration = Duration::from_secs(2);
 
 /// Where and how to mount.
@@ -355,27 +355,16 @@ impl Mount {
         }
         self.shared.stopped.store(true, Relaxed);
         self.life.stopping.store(true, Relaxed);
-        let ended = self.life.ended.lock().unwrap_or_else(PoisonError::into_inner);
-        if !*ended {
-            drop(ended);
-            self.mounted.leave();
-        }
+        let ends = self.life.has_ended(Duration::ZERO) || self.mounted.leave();
         self.life.wake();
-        let ended = self.life.ended.lock().unwrap_or_else(PoisonError::into_inner);
-        let (ended, _) = self
-            .life
-            .changed
-            .wait_timeout_while(ended, PATIENCE, |ended| !*ended)
-            .unwrap_or_else(PoisonError::into_inner);
-        if *ended {
-            drop(ended);
+        if self.life.has_ended(if ends { PATIENCE } else { Duration::ZERO }) {
             for thread in threads {
                 // They catch nothing and own nothing that others wait for.
                 let _ = thread.join();
             }
         }
-        // Else the connection cannot be ended by us as long as somebody has the file open, and its
-        // threads refuse everything until then.
+        // Else it cannot be ended by us as long as somebody has the file open: its threads stay so
+        // long, and refuse everything.
     }
 }
 
@@ -386,6 +375,13 @@ impl Drop for Mount {
 }
 
 impl Life {
+    /// Whether the kernel asks no more; waits for that so long.
+    fn has_ended(&self, time: Duration) -> bool {
+        let ended = self.ended.lock().unwrap_or_else(PoisonError::into_inner);
+        let waited = self.changed.wait_timeout_while(ended, time, |ended| !*ended);
+        *waited.unwrap_or_else(PoisonError::into_inner).0
+    }
+
     fn wake(&self) {
         // Full means that it is awake already.
         let _ = rustix::io::write(&self.wake, &1u64.to_ne_bytes());
@@ -395,7 +391,7 @@ impl Life {
     fn watch(&self, shared: &Shared, mounted: &Mounted) {
         let Ok(table) = std::fs::File::open("/proc/self/mountinfo") else { return };
         loop {
-            let ended = *self.ended.lock().unwrap_or_else(PoisonError::into_inner);
+            let ended = self.has_ended(Duration::ZERO);
             if self.stopping.load(Relaxed) {
                 return;
             }

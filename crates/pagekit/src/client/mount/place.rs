@@ -12,7 +12,8 @@
 //!   own, which is not waited for long.
 //! - `umount2` with `MNT_FORCE` ends the connection at once: who waits for a page gets an error, and
 //!   so does everybody who touches one later that the kernel has not cached. `MNT_DETACH` alone would
-//!   keep it alive as long as anybody has the file open.
+//!   keep it alive as long as anybody has the file open. The control file system (`fusectl`) ends
+//!   connections too, whether their mount is in a place or not.
 //! - Whether a path is still our mount is told by the mount's number, which is not used again soon.
 //!   `/proc/self/mountinfo` polls as exceptional when any mount changes.
 
@@ -27,7 +28,9 @@ use std::process::{Command, Stdio};
 use std::sync::mpsc;
 use std::time::Duration;
 
-use rustix::fs::{statfs, statx, AtFlags, StatxAttributes, StatxFlags, CWD};
+use rustix::fs::{
+    open, openat, statfs, statx, AtFlags, Mode, OFlags, StatxAttributes, StatxFlags, CWD,
+};
 use rustix::io::{Errno, FdFlags};
 use rustix::mount::{
     fsconfig_create, fsconfig_set_flag, fsconfig_set_string, fsmount, fsopen, move_mount, unmount,
@@ -45,7 +48,7 @@ const DEVICE: &str = "/dev/fuse";
 /// The program that mounts for users.
 const HELPER: &str = "fusermount3";
 /// How long a server that holds a mount point may take to answer.
-const PATIENCE: Duration = Duration::from_secs(2);
+const PATIENCE: Duration = Duration::from_millis(500);
 /// Dead mounts that are taken away from one directory.
 const MOST_DEAD: usize = 16;
 
@@ -253,23 +256,40 @@ impl Mounted {
         format!("/sys/class/bdi/{major}:{minor}/read_ahead_kb").into()
     }
 
-    /// Takes it away and ends its connection, which must live still: the numbers of one that is gone
-    /// may be another's by now. A user cannot end it as long as somebody has the file open, except
-    /// by the control file system, where that is mounted.
-    pub(super) fn leave(&self) {
-        // A failure means that somebody else was faster.
-        match (self.is_there(), self.by_helper) {
-            (true, false) => {
+    /// Takes it away and ends its connection, which must live still: the number of one that is gone
+    /// may be another's by now. Says whether it is ended: a user cannot do that as long as somebody
+    /// has the file open, except where the control file system is mounted.
+    pub(super) fn leave(&self) -> bool {
+        if self.is_there() {
+            // A failure means that somebody else was faster.
+            if self.by_helper {
+                let _ = helper_unmounts(&self.directory);
+            } else {
                 let flags = UnmountFlags::FORCE | UnmountFlags::DETACH;
                 if unmount(&self.directory, flags).is_ok() {
-                    return;
+                    return true;
                 }
             }
-            (true, true) => drop(helper_unmounts(&self.directory)),
-            (false, _) => {}
         }
-        let _ = fs::write(format!("/sys/fs/fuse/connections/{}/abort", self.device.1), "1");
+        abort(self.device.1).is_ok()
     }
+}
+
+/// Ends a connection by the control file system.
+fn abort(number: u32) -> rustix::io::Result<()> {
+    let control = || {
+        let configuration = fsopen(c"fusectl", FsOpenFlags::FSOPEN_CLOEXEC)?;
+        fsconfig_create(configuration.as_fd())?;
+        let flags = FsMountFlags::FSMOUNT_CLOEXEC;
+        fsmount(configuration.as_fd(), flags, MountAttrFlags::empty())
+    };
+    let directory = control().or_else(|_| {
+        let flags = OFlags::DIRECTORY | OFlags::PATH | OFlags::CLOEXEC;
+        open("/sys/fs/fuse/connections", flags, Mode::empty())
+    })?;
+    let flags = OFlags::WRONLY | OFlags::CLOEXEC;
+    let switch = openat(directory, format!("{number}/abort"), flags, Mode::empty())?;
+    rustix::io::write(switch, b"1").map(drop)
 }
 
 fn status(path: &Path) -> rustix::io::Result<rustix::fs::Statx> {
