@@ -2,22 +2,27 @@
 
 A run directory is private (mode 0700) and locked by the process that made it, with flock(2) on the
 directory itself, so that the lock goes when the process does, however it ends. A process
-that makes its first one sweeps away those of processes that are gone.
+that makes its first one sweeps away those of processes that are gone, and what these had mounted
+there: a mount outlives the server that answered for it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
 import functools
 import os
+import re
 import shutil
+import subprocess
 import tempfile
 import weakref
 from pathlib import Path
 
 from ..errors import SandboxError
 
+_MNT_DETACH = 2  # linux/fs.h; Python has no name for it
 _PREFIX = "pagekit-run-"
 _MARKER = ".pagekit-run"
 """Made once the directory is locked: with it and without a lock, a directory is abandoned."""
@@ -72,11 +77,29 @@ def sweep(place: Path) -> list[Path]:
             lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _unmount_below(directory)
                 shutil.rmtree(directory)
                 removed.append(directory)
             finally:
                 os.close(lock)
     return removed
+
+
+def _unmount_below(directory: Path) -> None:
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        # 52 27 0:45 / /tmp/run/mount rw,nosuid …; spaces and the like are octal
+        point = os.fsdecode(
+            re.sub(
+                rb"\\(\d{3})", lambda found: bytes([int(found[1], 8)]), os.fsencode(line.split()[4])
+            )
+        )
+        if not point.startswith(f"{directory.resolve()}/"):
+            continue
+        if ctypes.CDLL(None).umount2(os.fsencode(point), _MNT_DETACH):
+            # Whoever may not unmount may have their own mounts taken away by this program.
+            with contextlib.suppress(subprocess.SubprocessError):
+                helper = ["fusermount3", "-u", "-z", "--", point]
+                subprocess.run(helper, capture_output=True, timeout=10)
 
 
 def _remove(directory: Path, lock: int, owner: int) -> None:

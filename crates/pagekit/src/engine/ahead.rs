@@ -50,9 +50,9 @@ impl Target {
         let mut ahead = Ahead { installed: 0, rest: run };
         while ahead.rest.pages > 0 {
             let part = Run { pages: piece.min(ahead.rest.pages), ..ahead.rest };
-            let state = self.state_after_demand();
+            let mut state = self.state_after_demand();
             let end = match self.template.check() {
-                Ok(()) => self.install_part(&state, part, &mut ahead.installed),
+                Ok(()) => self.install_part(&mut state, part, &mut ahead.installed),
                 Err(_) => End::Over,
             };
             drop(state);
@@ -72,10 +72,10 @@ impl Target {
     }
 
     /// Fills what of `run` is in the template wherever it belongs.
-    fn install_part(&self, state: &State, run: Run, installed: &mut u64) -> End {
+    fn install_part(&self, state: &mut State, run: Run, installed: &mut u64) -> End {
         let mut places = state.regions.places(run).into_iter().peekable();
         while let Some((address, run)) = places.next() {
-            match self.install_place(address, run, installed) {
+            match self.install_place(state, address, run, installed) {
                 End::Done => {}
                 End::Over => return End::Over,
                 // The same pages may belong to the places behind, which rise by their first pages.
@@ -89,7 +89,7 @@ impl Target {
         End::Done
     }
 
-    fn install_place(&self, address: u64, run: Run, installed: &mut u64) -> End {
+    fn install_place(&self, state: &mut State, address: u64, run: Run, installed: &mut u64) -> End {
         let unit = self.page_size / PAGE;
         let mut at = run.start;
         let mut most = u64::MAX;
@@ -127,6 +127,7 @@ impl Target {
             };
             let done = progress.done as u64 / PAGE;
             *installed += done;
+            state.locality.put(Run { start: at, pages: done });
             at += done;
             match progress.errno {
                 None => {}

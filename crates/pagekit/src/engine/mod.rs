@@ -15,6 +15,7 @@
 mod ahead;
 mod event_loop;
 mod huge;
+mod locality;
 mod outcome;
 pub mod region;
 mod target;

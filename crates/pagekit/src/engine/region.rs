@@ -24,11 +24,13 @@ pub(crate) enum Belongs {
     Zero,
 }
 
-/// A lookup's answer: what belongs at the address asked for, and for how many bytes from there.
+/// A lookup's answer: what belongs at the address asked for, for how many bytes from there, and for
+/// how many bytes before.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Place {
     pub(crate) belongs: Belongs,
     pub(crate) bytes: u64,
+    pub(crate) bytes_before: u64,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -84,6 +86,7 @@ impl RegionMap {
         (address < piece.end).then(|| Place {
             belongs: advance(piece.belongs, address - start),
             bytes: piece.end - address,
+            bytes_before: address - start,
         })
     }
 

@@ -12,8 +12,9 @@ use std::time::{Duration, Instant};
 use rustix::process::{pidfd_send_signal, Signal};
 use uffd::{Errno, Progress, Userfaultfd};
 
+use super::locality::{Locality, Window};
 use super::outcome::Outcome;
-use super::region::{Belongs, RegionMap};
+use super::region::{Belongs, Place, RegionMap};
 use super::Shared;
 use crate::backend::{self, Backend, Resolution};
 use crate::error::Error;
@@ -23,10 +24,6 @@ use crate::template::{Template, Waiter, Want};
 /// Number of a target, never used twice by a server.
 pub type TargetId = u64;
 
-/// Pages handled together when accesses look random.
-const SHORTEST_WINDOW: u64 = 16;
-/// Pages handled together when accesses are sequential: 1 MiB.
-const LONGEST_WINDOW: u64 = 256;
 /// How long a fault may be refused by the kernel before it is given up.
 const REFUSAL_DEADLINE: Duration = Duration::from_secs(10);
 
@@ -71,34 +68,7 @@ struct Process {
 #[derive(Debug)]
 pub(super) struct State {
     pub(super) regions: RegionMap,
-    stream: Stream,
-}
-
-/// Whether the target reads on where it left off.
-#[derive(Debug, Clone, Copy)]
-struct Stream {
-    next: u64,
-    window: u64,
-}
-
-impl Stream {
-    /// How many pages to handle with `page`.
-    fn window(&mut self, page: u64) -> u64 {
-        self.window = match page == self.next {
-            true => (self.window * 2).min(LONGEST_WINDOW),
-            false => SHORTEST_WINDOW,
-        };
-        self.window
-    }
-}
-
-/// How many pages are handled together with the one that was demanded.
-#[derive(Debug, Clone, Copy)]
-struct Window {
-    /// Fetched into the template.
-    fetch: u64,
-    /// Put into the target, as far as they are in the template.
-    install: u64,
+    pub(super) locality: Locality,
 }
 
 /// A fault on its way.
@@ -123,7 +93,7 @@ pub(super) struct Fault {
 impl Fault {
     /// Whether nobody has looked at it yet, and from now on somebody has.
     pub(super) fn is_new(&mut self) -> bool {
-        self.window.replace(Window { fetch: 0, install: 0 }).is_none()
+        self.window.replace(Window::alone(0)).is_none()
     }
 }
 
@@ -151,6 +121,8 @@ pub struct NewTarget {
 impl Target {
     pub(super) fn new(id: TargetId, parent: Option<TargetId>, new: NewTarget) -> Target {
         let process = new.process.map(|(pid, pidfd)| Process { pid, pidfd: Arc::new(pidfd) });
+        let keeps_pages = !new.backend.sees_template() && new.page_size == PAGE;
+        let template_pages = new.template.whole().pages;
         Target {
             id,
             parent,
@@ -162,7 +134,7 @@ impl Target {
             page_size: new.page_size,
             state: Mutex::new(State {
                 regions: new.regions,
-                stream: Stream { next: u64::MAX, window: SHORTEST_WINDOW },
+                locality: Locality::new(if keeps_pages { template_pages } else { 0 }),
             }),
             demand: AtomicU32::new(0),
             deferred: Mutex::default(),
@@ -283,7 +255,10 @@ impl Target {
             return self.nothing_known(shared, fault);
         };
         let resolution = match place.belongs {
-            Belongs::Zero => self.zero(fault.address, place.bytes),
+            Belongs::Zero => {
+                let pages = state.locality.zeros(fault.address / PAGE);
+                self.zero(&mut state, fault.address, place.bytes.min(pages * PAGE))
+            }
             Belongs::Template(page) => {
                 if let Err(error) = self.template.check() {
                     drop(state);
@@ -294,18 +269,14 @@ impl Target {
                 }
                 let window = *fault.window.get_or_insert_with(|| {
                     self.template.demanded(page);
-                    self.window(state.stream.window(page))
+                    self.window(state.locality.window(fault.address / PAGE, page), page)
                 });
-                let wanted = Run { start: page, pages: window.install.min(place.bytes / PAGE) };
                 match self.template.want(page, window.fetch, || self.waiter(shared, &fault)) {
-                    Want::Here => {
-                        let run = self.template.present_from(wanted);
-                        state.stream.next = run.end();
-                        self.install(fault.address, run)
-                    }
+                    Want::Here => self.fill(&mut state, fault.address, page, place, window.fill),
                     Want::Zero(zero) => {
-                        let pages = wanted.pages.min(zero.end() - page);
-                        self.zero(fault.address, pages * PAGE)
+                        let most = if self.template.recording() { 1 } else { window.fetch };
+                        let zeros = Run::between(page, zero.end().min(page + most));
+                        self.zero(&mut state, fault.address, place.bytes.min(zeros.bytes()))
                     }
                     Want::Waiting => return,
                     Want::Fetch(fetch) => {
@@ -323,13 +294,13 @@ impl Target {
         self.settle(shared, fault, resolution);
     }
 
-    /// The window of a fault, of which the pages read so far suggest `pages`.
-    fn window(&self, pages: u64) -> Window {
+    /// The window of a fault at `page`, of which `usual` is usual.
+    fn window(&self, usual: Window, page: u64) -> Window {
         match (self.template.recording(), self.backend.sees_template()) {
-            (false, _) => Window { fetch: pages, install: pages },
+            (false, _) => usual,
             // Its neighbours shall be demanded themselves, or not be recorded.
-            (true, true) => Window { fetch: 1, install: 1 },
-            (true, false) => Window { fetch: pages, install: 1 },
+            (true, true) => Window::alone(page),
+            (true, false) => Window { fetch: usual.fetch, ..Window::alone(page) },
         }
     }
 
@@ -360,28 +331,62 @@ impl Target {
         })
     }
 
-    fn install(&self, address: u64, run: Run) -> Resolution {
-        let fill = |run| {
-            let progress = self.backend.fill(&self.uffd, self.template.cache(), address, run);
-            self.settled(address, progress, self.backend.filled())
+    /// Puts `page` of the template at `address`, and what else of `along` is missing there, in the same
+    /// place, and in the template.
+    fn fill(
+        &self,
+        state: &mut State,
+        address: u64,
+        page: u64,
+        place: Place,
+        along: Run,
+    ) -> Resolution {
+        let cache = self.template.cache();
+        let fill = |run: Run| {
+            // The pages of a place lie side by side: addresses differ as pages do.
+            let address = (address + run.offset()).wrapping_sub(page * PAGE);
+            self.backend.fill(&self.uffd, cache, address, run)
         };
-        match fill(run) {
+        let along = Run::between(
+            along.start.max(page - (place.bytes_before / PAGE).min(page)),
+            along.end().min(page + place.bytes / PAGE),
+        );
+        let first = Run { start: page, pages: 1 };
+        let behind = state.locality.missing(Run::between(page + 1, along.end()));
+        let end = behind.filter(|run| run.start == page + 1).map_or(page + 1, Run::end);
+        let run = self.template.present_from(Run::between(page, end));
+        let mut progress = fill(run);
+        if progress.errno == Some(Errno::NOENT) && run.pages > 1 {
             // Perhaps the run crosses a border that the target made (mprotect): one page cannot.
-            Resolution::NotCovered if run.pages > 1 => fill(Run { pages: 1, ..run }),
-            resolution => resolution,
+            progress = fill(first);
         }
+        let filled = Run { start: page, pages: progress.done as u64 / PAGE };
+        state.locality.put(filled);
+        state.locality.came_to((address / PAGE).saturating_add(filled.pages));
+        let resolution = self.settled(address, progress, self.backend.filled());
+        if resolution == self.backend.filled() && !self.backend.sees_template() {
+            let mut rest = along;
+            while let Some(missing) = state.locality.missing(rest) {
+                let present = self.template.present_from(missing);
+                if present.pages > 0 {
+                    let progress = fill(present);
+                    let done = Run { start: present.start, pages: progress.done as u64 / PAGE };
+                    state.locality.put(done);
+                }
+                rest = Run::between(missing.end().max(rest.start + 1), rest.end());
+            }
+        }
+        resolution
     }
 
-    fn zero(&self, address: u64, bytes: u64) -> Resolution {
-        let zero = |bytes| {
-            let progress = backend::zero(&self.uffd, address, bytes, self.page_size);
-            self.settled(address, progress, Resolution::Zeroed)
-        };
-        // Somebody waits for the first page: not more at once than is worth its while.
-        match zero(bytes.min(self.page_size.max(LONGEST_WINDOW * PAGE))) {
-            Resolution::NotCovered if bytes > self.page_size => zero(self.page_size),
-            resolution => resolution,
+    fn zero(&self, state: &mut State, address: u64, bytes: u64) -> Resolution {
+        let zero = |bytes| backend::zero(&self.uffd, address, bytes, self.page_size);
+        let mut progress = zero(bytes.max(self.page_size));
+        if progress.errno == Some(Errno::NOENT) && bytes > self.page_size {
+            progress = zero(self.page_size);
         }
+        state.locality.came_to((address + progress.done as u64) / PAGE);
+        self.settled(address, progress, Resolution::Zeroed)
     }
 
     /// What a fill's progress means for the page that somebody waits for.
