@@ -32,10 +32,11 @@
 //!   setting. A fork that needed 6.5 MiB got 80.
 //! - Such *guesses* can be refused: the kernel asks for the page that it really needs then, alone.
 //!   Refused pages stay in the cache, empty, and are asked for one by one.
-//! - So: without a working set guesses are served, with the kernel's usual 128 KiB (a sandbox on a
-//!   store 2 ms away starts five times sooner with them). While demands are recorded guesses are
-//!   refused, and each opening makes the kernel forget what it has. When a working set is replayed on
-//!   a store that must be waited for, guesses are served only if their pages are here.
+//! - So: without a working set guesses are served, with the kernel's usual 128 KiB (on a store 2 ms
+//!   away that QEMU starts in 0.4 s with them, and in 1.2 s without). While demands are recorded
+//!   guesses are refused, and each opening makes the kernel forget what it has. When a working set is
+//!   replayed on a store that must be waited for, guesses are served only if their pages are here
+//!   (0.2 s, and 6 MiB moved); so they are with a readahead of 0.
 //! - On later kernels a page alone may be part of a large folio, which is asked for as a whole: no
 //!   guess is refused twice.
 //! - `FUSE_NOTIFY_STORE` puts pages into the cache for 1.2 µs each, of any length, whatever the
@@ -98,7 +99,8 @@ pub struct Options {
     pub mode: u32,
     /// Whether the kernel may serve it from another file, without asking us.
     pub passthrough: Passthrough,
-    /// Bytes that the kernel reads around a page that was touched.
+    /// Bytes that the kernel reads around a page that was touched. With 0 none but the template's own
+    /// window is fetched with it, also for programs that ask the kernel for more.
     pub readahead: u64,
 }
 
