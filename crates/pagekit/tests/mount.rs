@@ -748,6 +748,22 @@ fn unmounted_without_clients_it_is_over() {
     mount.server.stop();
 }
 
+/// As an administrator does by the control file system.
+#[test]
+fn a_connection_that_somebody_ended_leaves_no_mount() {
+    let template = template(64, &[]);
+    let mount = mounted(&template);
+    let mut client = Client::of(mount.path());
+    client.touches(1);
+    // With the flag alone the connection ends, and the mount stays.
+    let flags = UnmountFlags::FORCE;
+    assert_eq!(unmount(mount.place.path(), flags).unwrap_err(), rustix::io::Errno::BUSY);
+    until("it is reported", || mount.reports().contains("cannot be opened any more"));
+    client.is_refused(60);
+    until("the mount is gone", || fs::read_dir(mount.place.path()).is_ok());
+    assert!(mount.place.is_empty());
+}
+
 /// Counts descriptors and threads of a process that does nothing else.
 #[test]
 fn mounts_come_and_go() {

@@ -542,6 +542,13 @@ impl Filesystem for OneFile {
             FileHandle(handle)
         };
         if let Some(number) = self.backing.get() {
+            if self.shared.template.recording() {
+                self.shared.engine.report(&format!(
+                    "what is demanded of {} is not recorded: it is passed through (begin to record \
+                     before it is mounted, or mount it without passthrough)",
+                    self.shared.path.display()
+                ));
+            }
             let backing = self.backing_id.get_or_init(|| {
                 // SAFETY: the number is of this very connection, and nobody but this value, which
                 // lives as long as the connection, closes it.

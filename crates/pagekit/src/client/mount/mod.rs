@@ -54,7 +54,7 @@
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
-use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError, Weak};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, SystemTime};
 
@@ -78,8 +78,9 @@ mod place;
 pub const USUAL_READAHEAD: u64 = 128 << 10;
 /// The name of the file if nothing else is asked for.
 pub const USUAL_NAME: &str = "memory";
-/// Threads that read requests.
-const THREADS: usize = 2;
+/// Threads that read requests at most. They copy, and wait for nothing; on two processors one is as
+/// good as four.
+const MOST_THREADS: usize = 4;
 /// How long the end of a connection is waited for, which comes at once.
 const PATIENCE: Duration = Duration::from_secs(2);
 
@@ -254,7 +255,8 @@ impl Mount {
         let for_others = mode & 0o077 != 0 || owner.0 != ourselves.0 || ourselves.0 == 0;
         let (new, device) = place.mount(for_others)?;
         let mut config = Config::default();
-        config.n_threads = Some(THREADS);
+        let processors = std::thread::available_parallelism().map_or(1, usize::from);
+        config.n_threads = Some(processors.min(MOST_THREADS));
         config.clone_fd = true;
         let session = Session::from_fd(files, device, SessionACL::All, config).map_err(failed)?;
         let (plan, reason) = match candidate.and_then(|(file, why)| {
@@ -274,24 +276,24 @@ impl Mount {
             }
             Err(why) => ("cached", why),
         };
-        let mounted = Arc::new(new.put()?);
-        if plan == "cached" {
-            shared.mounted(mounted.readahead_setting(), session.notifier());
-            shared.template.add_sink(Arc::new(Pushed(Arc::downgrade(&shared))));
-        }
         let life = Arc::new(Life {
             ended: Mutex::new(false),
             changed: Condvar::new(),
             wake: eventfd(0, EventfdFlags::CLOEXEC).map_err(|errno| failed(errno.into()))?,
             stopping: AtomicBool::new(false),
         });
+        let mounted = Arc::new(new.put()?);
+        if plan == "cached" {
+            shared.mounted(mounted.readahead_setting(), session.notifier());
+            shared.template.add_sink(Arc::new(Pushed(Arc::downgrade(&shared))));
+        }
         let mount = Mount { shared, mounted, plan, reason, life, threads: Mutex::default() };
         mount.run(session).map_err(failed)?;
         Ok(mount)
     }
 
     fn run(&self, session: Session<OneFile>) -> std::io::Result<()> {
-        let mut threads = self.threads.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut threads = self.lock_threads();
         let life = Arc::clone(&self.life);
         threads.push(crate::thread::spawn("pk-mount", move || {
             // It ends when the connection does; that alone is of interest.
@@ -304,6 +306,10 @@ impl Mount {
         let (shared, mounted) = (Arc::clone(&self.shared), Arc::clone(&self.mounted));
         threads.push(crate::thread::spawn("pk-mounted", move || life.watch(&shared, &mounted))?);
         Ok(())
+    }
+
+    fn lock_threads(&self) -> MutexGuard<'_, Vec<JoinHandle<()>>> {
+        self.threads.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The file.
@@ -330,7 +336,7 @@ impl Mount {
             path: self.path().to_owned(),
             plan: self.plan,
             reason: self.reason.clone(),
-            mounted: self.mounted.is_there(),
+            mounted: !self.life.has_ended(Duration::ZERO) && self.mounted.is_there(),
             clients: self.shared.clients(),
             opens: counters.opens.load(Relaxed),
             reads: counters.reads.load(Relaxed),
@@ -348,17 +354,18 @@ impl Mount {
     /// Takes the file system away. Who has the file mapped keeps the pages that the kernel has cached
     /// of it, and gets SIGBUS for every other, at once.
     pub fn stop(&self) {
-        let threads =
-            std::mem::take(&mut *self.threads.lock().unwrap_or_else(PoisonError::into_inner));
-        if threads.is_empty() {
+        if self.life.stopping.swap(true, Relaxed) {
             return;
         }
         self.shared.stopped.store(true, Relaxed);
-        self.life.stopping.store(true, Relaxed);
-        let ends = self.life.has_ended(Duration::ZERO) || self.mounted.leave();
+        let ended = self.life.has_ended(Duration::ZERO);
+        if ended {
+            self.mounted.clear();
+        }
+        let ends = ended || self.mounted.leave();
         self.life.wake();
         if self.life.has_ended(if ends { PATIENCE } else { Duration::ZERO }) {
-            for thread in threads {
+            for thread in self.lock_threads().drain(..) {
                 // They catch nothing and own nothing that others wait for.
                 let _ = thread.join();
             }
@@ -397,10 +404,14 @@ impl Life {
             }
             if ended || !mounted.is_there() {
                 shared.engine.report(&format!(
-                    "somebody unmounted {}: it cannot be opened any more{}",
+                    "somebody unmounted {}: {} cannot be opened any more{}",
                     mounted.directory().display(),
+                    shared.path.display(),
                     if ended { "" } else { "; who has it open is served on" },
                 ));
+                if ended {
+                    mounted.clear();
+                }
                 return;
             }
             let mut watched =
