@@ -2,19 +2,26 @@
 handlers that do what public examples do, in the same run.
 
 One client (tests/programs/firecracker.c) touches one byte of each page of 128 MiB in two regions,
-in random order, in sequence, and in random order by two threads, after its handshake was read. The
-memory file lies on tmpfs.
+in random order, in sequence, and in random order by two threads. The memory file lies on tmpfs.
 
 page      one page per event: poll, read one event, copy one page (benchmarks/programs/handler.c)
 all       the same, but the first fault is answered by copying every region whole
-pagekit   `pagekitd --firecracker`, with a template that is empty when the client connects
-warm      the same server, once more, with the template that the first client filled
+cold      `pagekitd --firecracker`, with a template that is empty when the client connects
+warm      the same server, once more, with the template that the first client filled: comparable to
+          the handlers above, which populate their mapping of the file before they take a client
+replay    as cold, with a working set of all pages: the server fills ahead
+again     the same server, once more
 NAME      with --handler: another handler, started as `PROGRAM SOCKET MEMORY`, one for each client
 
-Prints for each arm and order pages per second and the seconds until every page was there; and from
-other clients, which ask before each touch whether the page is there already, the microseconds of
-the touches that waited (median and 99th percentile), and how many did. Under ``ratios``, each arm
-against ``pagekit``: above 1, pagekit is better. All medians; the arms of one sample run in random
+Prints for each arm and order medians of:
+pages/s   pages touched per second
+all       milliseconds from the handshake until every page was there
+waits     touches of pages that were not there yet, and microseconds of their median and 99th
+          percentile
+touches   the same of all touches
+The last two come from other clients, which ask before each touch whether the page is there. Under
+``ratios``, each handler against warm, and in bringing all of the memory, the best of each handler
+against the best of each of ours: above 1, pagekit is better. The arms of a sample run in random
 order.
 
     python benchmarks/firecracker.py [--json] [--quick] [--handler PROGRAM]...
@@ -31,20 +38,18 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
+import pagekit
 from pagekit.client import server_program
 
 HERE = Path(__file__).parent
 SIZE = 128 << 20
 ORDERS = {"random": "random 1", "sequential": "sequential 1", "two threads": "random 2"}
-MEASURES = ("throughput", "latency")
+TIMES = ["waits_p50_us", "waits_p99_us", "touches_p50_us", "touches_p99_us"]
 PATIENCE = 60.0
-
-Results = defaultdict[str, list[float]]
 
 
 def compiled(source: Path, place: Path) -> Path:
@@ -80,81 +85,115 @@ def handler(command: Sequence[object], socket: Path) -> Iterator[None]:
 
 
 class Bench:
-    """The client, the memory file, the arms, and what was measured."""
+    """The client, the memory file, the handlers, and what was measured."""
 
-    def __init__(self, place: Path, handlers: Sequence[Path]) -> None:
+    def __init__(self, place: Path, others: Sequence[Path]) -> None:
         self.socket = place / "socket"
         self.memory = place / "memory"
         self.memory.write_bytes(random.randbytes(SIZE))
         self.client = compiled(HERE.parent / "tests/programs/firecracker.c", place)
         reference = compiled(HERE / "programs/handler.c", place)
-        self.results: Results = defaultdict(list)
-        commands: dict[str, list[object]] = {
-            "page": [reference, self.socket, self.memory],
-            "all": [reference, self.socket, self.memory, "all"],
-            **{path.name: [path, self.socket, self.memory] for path in handlers},
+        given = [self.socket, self.memory]
+        pagekitd = [server_program(), f"file:{self.memory}", "--firecracker", self.socket]
+        self.theirs: dict[str, Sequence[object]] = {
+            "page": [reference, *given],
+            "all": [reference, *given, "all"],
+            **{path.name: [path, *given] for path in others},
         }
-        self.arms: dict[str, Callable[[str, str], None]] = {
-            name: partial(self.run_handler, name, command) for name, command in commands.items()
+        self.commands: dict[tuple[str, ...], Sequence[object]] = {
+            **{(arm,): command for arm, command in self.theirs.items()},
+            ("cold", "warm"): pagekitd,
+            ("replay", "again"): [*pagekitd, "--working-set", self.record(place / "all.pkws")],
         }
-        self.arms["pagekit"] = self.run_pagekit
+        """What to start, by the arms of the clients that it gets one after the other."""
+        self.results: defaultdict[tuple[str, str, str], list[float]] = defaultdict(list)
+        """By arm, order and what was measured."""
 
-    def run_handler(self, arm: str, command: Sequence[object], order: str, measure: str) -> None:
-        with handler(command, self.socket):
-            self.touch(arm, order, measure)
+    def record(self, path: Path) -> Path:
+        """A working set of all pages."""
+        with pagekit.Template(f"file:{self.memory}") as template:
+            recording = template.record()
+            with pagekit.Server(template, firecracker=self.socket):
+                self.ask("measure sequential 1")
+            recording.finish().save(path)
+        return path
 
-    def run_pagekit(self, order: str, measure: str) -> None:
-        command = [server_program(), f"file:{self.memory}", "--firecracker", self.socket]
-        with handler(command, self.socket):
-            self.touch("pagekit", order, measure)
-            self.touch("warm", order, measure)
-
-    def touch(self, arm: str, order: str, measure: str) -> None:
-        pages = SIZE // 4096
-        below, above = pages // 4, pages - pages // 4
+    def ask(self, order: str) -> dict[str, float]:
+        """What a new client answers."""
+        quarter = SIZE // 4096 // 4
         answer = subprocess.run(
-            [self.client, self.socket, self.memory, f"regions={below}+{above},0+{below}"],
-            input=f"settle\nmeasure {ORDERS[order]} {measure}\n",
+            [self.client, self.socket, self.memory, f"regions={quarter}+{3 * quarter},0+{quarter}"],
+            input=f"settle\n{order}\n",
             stdout=subprocess.PIPE,
             check=True,
             text=True,
             timeout=PATIENCE,
         ).stdout
-        found = json.loads(answer.splitlines()[-1])
-        assert found["pages"] == pages
-        if measure == "throughput":
-            self.results[f"{arm}_{order}_pages_per_s"].append(pages / found["seconds"])
-            self.results[f"{arm}_{order}_all_s"].append(found["seconds"])
-        else:
-            for name in ("waits", "p50_us", "p99_us"):
-                self.results[f"{arm}_{order}_{name}"].append(found[name])
+        found: dict[str, float] = json.loads(answer.splitlines()[-1])
+        return found
 
     def sample(self) -> None:
         """Every arm in every order once."""
-        runs = [(arm, order, what) for arm in self.arms for order in ORDERS for what in MEASURES]
-        for arm, order, what in random.sample(runs, len(runs)):
-            self.arms[arm](order, what)
+        runs = [
+            (arms, order, what)
+            for arms in self.commands
+            for order in ORDERS
+            for what in ("", "latency")
+        ]
+        for arms, order, what in random.sample(runs, len(runs)):
+            with handler(self.commands[arms], self.socket):
+                for arm in arms:
+                    found = self.ask(f"measure {ORDERS[order]} {what}")
+                    if not what:
+                        found["pages_per_s"] = found["pages"] / found["seconds"]
+                        found["all_ms"] = found["since_message_s"] * 1000
+                    for name in [*TIMES, "waits"] if what else ["pages_per_s", "all_ms"]:
+                        self.results[arm, order, name].append(found[name])
 
-    def medians(self) -> dict[str, float]:
-        return {name: statistics.median(found) for name, found in sorted(self.results.items())}
-
-    def ratios(self, medians: dict[str, float]) -> dict[str, float]:
-        """Above 1: better than that arm."""
-        found = {}
-        for arm in [*(name for name in self.arms if name != "pagekit"), "warm"]:
-            for order in ORDERS:
-                for name in ("pages_per_s", "p50_us", "p99_us"):
-                    ratio = medians[f"{arm}_{order}_{name}"] / medians[f"pagekit_{order}_{name}"]
-                    found[f"{arm}_{order}_{name}"] = 1 / ratio if name == "pages_per_s" else ratio
-        # All of the memory, in whatever way is the fastest for each.
-        best = {
-            arm: min(medians[f"{arm}_{order}_all_s"] for order in ORDERS)
-            for arm in [*self.arms, "warm"]
-        }
-        for arm in best:
-            if arm != "pagekit":
-                found[f"{arm}_populate"] = best[arm] / best["pagekit"]
+    def medians(self) -> dict[str, dict[str, dict[str, float]]]:
+        """By arm, order and what was measured."""
+        found: dict[str, dict[str, dict[str, float]]] = {}
+        for arms in self.commands:
+            for arm in arms:
+                found[arm] = {order: {} for order in ORDERS}
+        for (arm, order, name), values in self.results.items():
+            found[arm][order][name] = statistics.median(values)
         return found
+
+    def ratios(self) -> dict[str, float]:
+        """Above 1: pagekit is better."""
+        medians = self.medians()
+        found = {}
+        for arm in self.theirs:
+            for order in ORDERS:
+                theirs, ours = medians[arm][order], medians["warm"][order]
+                ratio = ours["pages_per_s"] / theirs["pages_per_s"]
+                found[f"{arm}, {order}, pages_per_s"] = ratio
+                for name in TIMES:
+                    found[f"{arm}, {order}, {name}"] = theirs[name] / ours[name]
+        best = {
+            arm: min(results["all_ms"] for results in orders.values())
+            for arm, orders in medians.items()
+        }
+        for arm in self.theirs:
+            for our in sorted(best.keys() - self.theirs.keys()):
+                found[f"{arm}, all_ms, {our}"] = best[arm] / best[our]
+        return found
+
+
+def show(bench: Bench) -> None:
+    print(f"{'':36} {'pages/s':>9} {'all':>7} {'waits':>7} {'p50':>9} {'p99':>9}", end="")
+    print(f" {'touches p50':>11} {'p99':>8}")
+    for arm, orders in bench.medians().items():
+        for order, found in orders.items():
+            print(
+                f"{arm:24} {order:11} {found['pages_per_s']:9.0f} {found['all_ms']:7.1f} "
+                f"{found['waits']:7.0f} {found['waits_p50_us']:9.2f} {found['waits_p99_us']:9.2f} "
+                f"{found['touches_p50_us']:11.2f} {found['touches_p99_us']:8.2f}"
+            )
+    print("\npagekit, so many times better than:")
+    for name, value in bench.ratios().items():
+        print(f"  {name:48} {value:9.2f}")
 
 
 def main() -> None:
@@ -175,23 +214,10 @@ def main() -> None:
         for number in range(3 if options.quick else 11):
             bench.sample()
             print(f"sample {number + 1}", end="\r", file=sys.stderr)
-    medians = bench.medians()
-    ratios = bench.ratios(medians)
     if options.json:
-        print(json.dumps({"medians": medians, "ratios": ratios}))
-        return
-    print(f"{'':28} {'pages/s':>10} {'all, s':>8} {'waits':>7} {'p50 µs':>8} {'p99 µs':>8}")
-    for arm in [*bench.arms, "warm"]:
-        for order in ORDERS:
-            row = f"{arm}_{order}"
-            print(
-                f"{arm:16} {order:11} {medians[f'{row}_pages_per_s']:10.0f} "
-                f"{medians[f'{row}_all_s']:8.3f} {medians[f'{row}_waits']:7.0f} "
-                f"{medians[f'{row}_p50_us']:8.2f} {medians[f'{row}_p99_us']:8.2f}"
-            )
-    print("\npagekit, so many times better than:")
-    for name, value in ratios.items():
-        print(f"  {name:44} {value:7.2f}")
+        print(json.dumps({"medians": bench.medians(), "ratios": bench.ratios()}))
+    else:
+        show(bench)
 
 
 if __name__ == "__main__":

@@ -153,7 +153,9 @@ def soak(seconds: float, seed: int, clients: int = CLIENTS) -> dict[str, dict[st
             given_back(one.daemon.process.pid, held[one.name])
             assert one.own_memory() - own.get(one.name, 1 << 40) < MEMORY_LEFT, one.name
             statistics, err = one.daemon.stop()
-            assert statistics["targets"] == [] and statistics["reports"] == [], err
+            assert statistics["targets"] == [], err
+            # All there may be to say is that a client was killed before it could be served.
+            assert all("has ended" in report for report in statistics["reports"]), err
             assert "error" not in err, err
             assert one.memory.digest() == before[one.name]
             done[one.name] = dict(one.done) | {"faults": statistics["demand_faults"]}

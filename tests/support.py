@@ -191,10 +191,12 @@ class Nobody:
             return ended(process, status)
 
 
-def ended(process: subprocess.Popen[str], status: int | None = 0) -> tuple[str, str]:
+def ended(
+    process: subprocess.Popen[str], status: int | None = 0, patience: float = PATIENCE
+) -> tuple[str, str]:
     """Waits for a program to end, checks its status, and gives what it said."""
     try:
-        out, err = process.communicate(timeout=PATIENCE)
+        out, err = process.communicate(timeout=patience)
     except subprocess.TimeoutExpired:
         process.kill()
         out, err = process.communicate()

@@ -35,11 +35,13 @@ def place(tmp_path: Path) -> Iterator[Path]:
     assert str(directory) not in Path("/proc/self/mountinfo").read_text()
 
 
-def pagekit(place: Path, *arguments: object, status: int = 0) -> tuple[str, str]:
+def pagekit(
+    place: Path, *arguments: object, status: int = 0, patience: float = support.PATIENCE
+) -> tuple[str, str]:
     """Run a verb to its end."""
     process = support.start([*PAGEKIT, *arguments], {"TMPDIR": str(place)})
     with support.stopping(process):
-        return support.ended(process, status)
+        return support.ended(process, status, patience)
 
 
 def need(backend: str) -> None:
@@ -147,6 +149,7 @@ def test_code_that_raises(snapshot: Snapshot, place: Path) -> None:
     [
         (("boot",), 2, "give the DIR"),
         (("boot", "{}/nothing"), 9, "is not a snapshot"),
+        (("demo", "--local-only", "--remote-only"), 2, "nothing to compare"),
         (("boot", "--save", "{}/new", "--kernel", "{}/none", "--initrd", "{}/no"), 9, "no kernel"),
         (("boot", "--save", "{}/new", "--qmp", "{}/nothing"), 9, "cannot connect"),
     ],
@@ -212,23 +215,31 @@ def test_killed(backend: str, snapshot: Snapshot, place: Path) -> None:
     assert sorted(sweep(place)) == sorted(left)
 
 
-def test_demo(guest: Any, place: Path) -> None:
+def demo(place: Path, *arguments: str) -> Any:
     support.need_userfaultfd()
     support.need_fuse()
-    out, err = pagekit(place, "demo", "--quick", "--forks", 20, "--json")
+    out, err = pagekit(place, "demo", "--quick", "--json", *arguments, patience=240)
+    assert err
     report = json.loads(out)
     assert report["accelerator"] in ("tcg", "kvm")
-    assert report["cold_boot_s"] > 0
     assert report["forks"] == 20
+    assert all(goal["value"] > 0 for goal in report["goals"])
+    return report
+
+
+def test_demo_of_a_local_file(guest: Any, place: Path) -> None:
+    report = demo(place, "--local-only")
+    assert report["cold_boot_s"] > 0
     assert report["template_unchanged"]
-    assert report["answers_checked"] >= 4 * 20
+    assert report["answers_checked"] >= 6 * 20
     assert set(report["local"]) == {"eager", "map_private", "lazy", "replay", "warm", "mount"}
     for name, arm in report["local"].items():
         for what in ("ready_s", "resume_to_answer_s"):
             assert 0 < arm[what]["min"] <= arm[what]["median"] <= arm[what]["max"]
         assert arm["guest_private_kib_1"] > 0
         assert arm["guest_private_kib_20"] > 0
-        assert (arm["demand_faults"] > 100) == (name == "lazy")
+        if name != "replay":  # which runs a race with the fork
+            assert (arm["demand_faults"] > 100) == (name == "lazy")
         assert (arm["bytes_read"] > 32 << 20) == (name in ("lazy", "replay", "eager"))
     assert report["host_kib_20"]["map_private"] > 0
     shared, mounted, plain = (
@@ -237,6 +248,13 @@ def test_demo(guest: Any, place: Path) -> None:
     assert shared < 1.1 * plain
     assert mounted < 1.1 * plain
     assert report["local"]["warm"]["fetches"] < 30
+    assert "remote" not in report
+
+
+def test_demo_of_a_store_far_away(guest: Any, place: Path) -> None:
+    report = demo(place, "--remote-only")
+    assert report["answers_checked"] >= 3 * 20
+    assert "local" not in report
     assert set(report["remote"]) == {"eager", "lazy", "replay"}
     for name, arm in report["remote"].items():
         for figures in (arm, arm["forks_20"]):
@@ -246,10 +264,9 @@ def test_demo(guest: Any, place: Path) -> None:
             assert figures["bytes_moved"] >= 0.98 * figures["bytes_needed"]
             assert (figures["bytes_moved"] > 640 << 20) == (name == "eager")
             assert (figures["bytes_prefetched"] > 34 << 20) == (name == "replay")
-            assert (figures["demand_faults"] == 0) == (name == "eager")
+            if name != "replay":
+                assert (figures["demand_faults"] > 100) == (name == "lazy")
             assert figures["requests"] > 0
-    assert all(goal["value"] > 0 for goal in report["goals"])
-    assert err
 
 
 def test_memory_limit(snapshot: Snapshot) -> None:

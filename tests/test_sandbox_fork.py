@@ -234,6 +234,28 @@ def test_forks_end_with_their_server(snapshot: Snapshot, run: Path) -> None:
             assert died.value.hint
 
 
+def test_forks_over_a_mount_end_when_they_need_its_server(snapshot: Snapshot, run: Path) -> None:
+    support.need_fuse()
+    (run / "mount").mkdir()
+    with pagekit.Template(f"file:{snapshot.memory}") as template:
+        server = pagekit.Server(template, mount=mount_in(run / "mount"))
+        with Qemu.fork(snapshot, Mounted(server)) as fork:
+            fork.exec("pass")
+            server.close()
+            with pytest.raises(ForkDied, match="signal 7") as died:
+                fork.exec(SUM)
+            assert "could not be provided" in (died.value.hint or "")
+
+
+def test_forks_need_a_mount(snapshot: Snapshot, run: Path) -> None:
+    with (
+        pagekit.Template(f"file:{snapshot.memory}") as template,
+        pagekit.Server(template, run / "socket", backend="plain") as server,
+        pytest.raises(UsageError, match="mounted nothing"),
+    ):
+        Qemu.fork(snapshot, Mounted(server))
+
+
 def test_forks_end_with_a_server_that_is_killed(snapshot: Snapshot, run: Path) -> None:
     support.need_userfaultfd()
 

@@ -12,7 +12,7 @@
 
 int main(int argc, char **argv) {
     struct stat status;
-    int file = argc == 3 ? open(argv[1], O_RDWR | O_CLOEXEC) : -1;
+    int file = argc == 3 ? open(argv[1], O_RDONLY | O_CLOEXEC) : -1;
     if (file < 0 || fstat(file, &status))
         return perror("touch FILE random|sequential"), 2;
     size_t pages = status.st_size / 4096;

@@ -4,6 +4,7 @@ import ctypes
 import fcntl
 import json
 import os
+import signal
 import socket
 import struct
 import sys
@@ -11,6 +12,7 @@ import sys
 PAGE = 4096
 SOCKET, SIZE, *ARGUMENTS = sys.argv[1:]
 SIZE = int(SIZE)
+HUGE = 2 << 20
 REMOVE = 1 << 3
 
 _size, _int, _pointer = ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p
@@ -65,6 +67,12 @@ def send(client, message, descriptors=()):
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):
         sent = socket.send_fds(client, [text], list(descriptors)) if descriptors else 0
         client.sendall(text[sent:])
+
+
+def live_on():
+    """Lives until it is ended from outside."""
+    while True:
+        signal.pause()
 
 
 def until_closed(client):

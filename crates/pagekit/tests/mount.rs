@@ -293,8 +293,10 @@ fn a_single_page_brings_its_neighbours_into_the_template() {
     let template = template(1024, &["stats", "pass"]);
     let mount = mounted_with(&template, |options| options.readahead = 0);
     let mut client = Client::of(mount.path());
+    client.ask("hugely");
     client.touches(100);
-    assert_eq!((mount.statistics().reads, mount.statistics().bytes), (1, PAGE));
+    let statistics = mount.statistics();
+    assert_eq!((statistics.reads - statistics.refused_guesses, statistics.bytes), (1, PAGE));
     assert_eq!(template.present_from(Run::between(96, 1024)), Run::between(96, 112));
     // Reading on where it left off brings more and more.
     for page in 101..400 {
@@ -746,6 +748,22 @@ fn unmounted_without_clients_it_is_over() {
     until("it is reported", || mount.reports().contains("cannot be opened any more"));
     assert!(mount.place.is_empty());
     mount.server.stop();
+}
+
+/// As an administrator does by the control file system.
+#[test]
+fn a_connection_that_somebody_ended_leaves_no_mount() {
+    let template = template(64, &[]);
+    let mount = mounted(&template);
+    let mut client = Client::of(mount.path());
+    client.touches(1);
+    // With the flag alone the connection ends, and the mount stays.
+    let flags = UnmountFlags::FORCE;
+    assert_eq!(unmount(mount.place.path(), flags).unwrap_err(), rustix::io::Errno::BUSY);
+    until("it is reported", || mount.reports().contains("cannot be opened any more"));
+    client.is_refused(60);
+    until("the mount is gone", || fs::read_dir(mount.place.path()).is_ok());
+    assert!(mount.place.is_empty());
 }
 
 /// Counts descriptors and threads of a process that does nothing else.

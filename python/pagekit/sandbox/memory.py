@@ -4,8 +4,8 @@ Two questions, two bases. What one fork holds for itself comes from ``/proc/PID/
 that are anonymous, that is, written or copied, inside the range that is the guest's RAM; and the
 VMM's own apart. What all of it takes of the host comes from a memory control group of its own,
 version 1 or 2: everything that was allocated in it, by whomever, the server's template included. To
-that comes the part of the snapshot's memory file that is in the page cache, whoever brought it
-there.
+that comes the part of the snapshot's memory file, and of one that a server has mounted, that is in
+the page cache, whoever brought it there.
 """
 
 from __future__ import annotations
@@ -74,7 +74,8 @@ def proportional_kib(pids: Iterable[int]) -> int:
 
 
 def cached_kib(file: Path) -> int:
-    """Return how much of a file is in the page cache.
+    """Return how much of a file is in the page cache. No page of it is touched: the server of a
+    mounted file may ask too.
 
     Raises:
         OSError: it cannot be read.

@@ -172,6 +172,10 @@ fn count(phases: &[Vec<Run>]) -> u64 {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
+    use proptest::prelude::*;
+
     use super::*;
 
     const WHO: Identity = Identity([7; 32]);
@@ -218,6 +222,65 @@ mod tests {
         ] {
             assert!(matches!(set.union(&other), Err(Error::Integrity { .. })));
             assert!(set.check(other.identity(), other.template_pages).is_err());
+        }
+    }
+
+    /// Pages in the order of their demand, each once.
+    fn demands() -> impl Strategy<Value = Vec<u64>> {
+        prop::collection::vec(0..3000u64, 0..700).prop_map(|mut pages| {
+            let mut seen = std::collections::HashSet::new();
+            pages.retain(|page| seen.insert(*page));
+            pages
+        })
+    }
+
+    /// A set as a recording makes it: the first part of the demands is critical.
+    fn sets() -> impl Strategy<Value = WorkingSet> {
+        (demands(), any::<prop::sample::Index>()).prop_map(|(demands, ready)| {
+            let (critical, rest) = demands.split_at(ready.index(demands.len() + 1));
+            WorkingSet::of_demands(WHO, 3000, critical, rest)
+        })
+    }
+
+    fn pages(phases: &[Vec<Run>]) -> BTreeSet<u64> {
+        phases.iter().flatten().flat_map(|run| run.start..run.end()).collect()
+    }
+
+    proptest! {
+        #[test]
+        fn every_set_has_one_file(set in sets()) {
+            prop_assert_eq!(WorkingSet::decode(&set.encode()).unwrap(), set);
+        }
+
+        #[test]
+        fn a_union_has_every_page_once_and_knows_no_order(one in sets(), other in sets()) {
+            let both = one.union(&other).unwrap();
+            let critical = &pages(one.critical()) | &pages(other.critical());
+            let all = &(&pages(one.rest()) | &pages(other.rest())) | &critical;
+            prop_assert_eq!(both.pages(), all.len() as u64);
+            prop_assert_eq!(pages(both.critical()), critical);
+            prop_assert_eq!(&both, &other.union(&one).unwrap());
+            prop_assert_eq!(WorkingSet::decode(&both.encode()).unwrap(), both);
+        }
+
+        /// With the right hash, as whoever wants to do harm makes it.
+        #[test]
+        fn any_bytes_are_refused_or_the_file_of_one_set(
+            set in sets(),
+            from in any::<prop::sample::Index>(),
+            bytes in prop::collection::vec(any::<u8>(), 1..40),
+        ) {
+            let mut file = set.encode();
+            let content = file.len() - 32;
+            let at = from.index(content);
+            for (place, byte) in file[at..content].iter_mut().zip(bytes) {
+                *place = byte;
+            }
+            let hash = blake3::hash(&file[..content]);
+            file[content..].copy_from_slice(hash.as_bytes());
+            if let Ok(set) = WorkingSet::decode(&file) {
+                prop_assert_eq!(set.encode(), file);
+            }
         }
     }
 }

@@ -89,7 +89,8 @@ struct Readahead {
 enum Guesses {
     /// They are as good as any: nobody knows better what will be needed.
     Served,
-    /// A working set knows better; what it lacks is fetched when it is demanded.
+    /// A working set knows better, or the administrator does; what is not here is fetched when it is
+    /// demanded.
     ServedIfHere,
     /// What is demanded is to be seen.
     Refused,
@@ -199,11 +200,10 @@ impl Shared {
     }
 
     fn guesses(&self) -> Guesses {
+        let waits = || !self.template.capabilities().immediate;
         if self.template.recording() {
             Guesses::Refused
-        } else if !self.template.capabilities().immediate
-            && self.template.current_replay().is_some()
-        {
+        } else if self.readahead.usual == 0 || waits() && self.template.current_replay().is_some() {
             Guesses::ServedIfHere
         } else {
             Guesses::Served
@@ -542,6 +542,13 @@ impl Filesystem for OneFile {
             FileHandle(handle)
         };
         if let Some(number) = self.backing.get() {
+            if self.shared.template.recording() {
+                self.shared.engine.report(&format!(
+                    "what is demanded of {} is not recorded: it is passed through (begin to record \
+                     before it is mounted, or mount it without passthrough)",
+                    self.shared.path.display()
+                ));
+            }
             let backing = self.backing_id.get_or_init(|| {
                 // SAFETY: the number is of this very connection, and nobody but this value, which
                 // lives as long as the connection, closes it.

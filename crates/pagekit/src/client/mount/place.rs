@@ -14,8 +14,10 @@
 //!   so does everybody who touches one later that the kernel has not cached. `MNT_DETACH` alone would
 //!   keep it alive as long as anybody has the file open. The control file system (`fusectl`) ends
 //!   connections too, whether their mount is in a place or not.
-//! - Whether a path is still our mount is told by the mount's number, which is not used again soon.
-//!   `/proc/self/mountinfo` polls as exceptional when any mount changes.
+//! - The connection ends by itself with the last descriptor of the device, also when this process is
+//!   killed. A child of ours that was forked and ran no other program would keep it.
+//! - Whether a path is still our mount is told by the mount's unique number (Linux ≥ 6.8). The older
+//!   kind, which `mountinfo` has, is used again at once. `/proc/self/mountinfo` polls as exceptional when any mount changes.
 
 use std::ffi::OsStr;
 use std::fs::{self, File};
@@ -25,6 +27,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::mpsc;
 use std::time::Duration;
 
@@ -56,21 +59,24 @@ const MOST_DEAD: usize = 16;
 #[derive(Debug)]
 pub(super) struct Place(PathBuf);
 
-/// A file system that answers nothing yet.
+/// A file system that answers nothing yet. Gone when dropped.
 #[derive(Debug)]
-pub(super) struct New {
-    place: Place,
-    /// None if it is in its place already, by the helper.
-    detached: Option<OwnedFd>,
+pub(super) enum New {
+    /// Nowhere so far.
+    Detached(Place, OwnedFd),
+    /// The helper knows only this.
+    InPlace(Mounted),
 }
 
-/// A mount of ours in its place.
+/// A mount of ours in its place. Dropping it takes it away.
 #[derive(Debug)]
 pub(super) struct Mounted {
     directory: PathBuf,
     id: u64,
     device: (u32, u32),
     by_helper: bool,
+    /// Whether nothing is left to be taken away.
+    left: AtomicBool,
 }
 
 impl Place {
@@ -88,10 +94,7 @@ impl Place {
             }
             remove_dead(directory)?;
         }
-        let failed = |error| Error::Missing {
-            what: format!("cannot mount on {}", directory.display()),
-            error,
-        };
+        let failed = |error| missing(directory, error);
         // Absolute: the server may change its working directory, and clients have others.
         let directory = fs::canonicalize(directory).map_err(failed)?;
         let mut entries = match fs::read_dir(&directory) {
@@ -119,17 +122,22 @@ impl Place {
             message: format!("there is no FUSE here: {DEVICE}: {error}"),
             hint: "load the kernel module (modprobe fuse), or give the container /dev/fuse".into(),
         };
-        fs::metadata(DEVICE).map_err(no_device)?;
-        match File::options().read(true).write(true).open(DEVICE) {
-            Ok(device) => match detached(device.as_fd().as_raw_fd(), for_others) {
-                Ok(mount) => Ok((New { place: self, detached: Some(mount) }, device.into())),
-                Err(Errno::PERM) => self.mount_by_helper(for_others),
-                Err(errno) => Err(Error::kernel("cannot make a FUSE mount", errno)),
-            },
-            Err(error) if error.kind() == ErrorKind::PermissionDenied => {
-                self.mount_by_helper(for_others)
+        let device = File::options().read(true).write(true).open(DEVICE).map_err(|error| {
+            match error.kind() {
+                // The helper opens it with the rights of the user who runs it, too.
+                ErrorKind::PermissionDenied => Error::Permission {
+                    message: format!("cannot open {DEVICE}: {error}"),
+                    hint: format!(
+                        "run as root, or let users open it, as is usual: chmod 666 {DEVICE}"
+                    ),
+                },
+                _ => no_device(error),
             }
-            Err(error) => Err(no_device(error)),
+        })?;
+        match detached(device.as_raw_fd(), for_others) {
+            Ok(mount) => Ok((New::Detached(self, mount), device.into())),
+            Err(Errno::PERM) => self.mount_by_helper(for_others),
+            Err(errno) => Err(Error::kernel("cannot make a FUSE mount", errno)),
         }
     }
 
@@ -138,7 +146,8 @@ impl Place {
         let (ours, its) =
             socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)
                 .map_err(|errno| failed(errno.into()))?;
-        let mut options = format!("fsname={NAME},subtype={NAME},default_permissions,nosuid,nodev");
+        let mut options =
+            format!("fsname={NAME},subtype={NAME},default_permissions,nosuid,nodev,noexec");
         if for_others {
             options.push_str(",allow_other");
         }
@@ -171,7 +180,7 @@ impl Place {
         let received = passing::receive(&ours, &mut [0; 1]);
         let said = child.wait_with_output().map_err(failed)?.stderr;
         match received.map(|(_, mut descriptors)| descriptors.pop()) {
-            Ok(Some(device)) => Ok((New { place: self, detached: None }, device)),
+            Ok(Some(device)) => Ok((New::InPlace(Mounted::of(self, true)?), device)),
             _ => Err(Error::Permission {
                 message: format!(
                     "{HELPER} refuses to mount on {}: {}",
@@ -189,6 +198,14 @@ impl Place {
             }),
         }
     }
+}
+
+fn missing(directory: &Path, error: io::Error) -> Error {
+    Error::Missing { what: format!("cannot mount on {}", directory.display()), error }
+}
+
+fn cannot_mount(directory: &Path, error: io::Error) -> Error {
+    Error::kernel(format!("cannot mount on {}", directory.display()), error)
 }
 
 /// Makes a FUSE mount that is nowhere yet.
@@ -223,31 +240,38 @@ fn detached(device: i32, for_others: bool) -> rustix::io::Result<OwnedFd> {
 impl New {
     /// Puts it where it belongs, now that somebody answers.
     pub(super) fn put(self) -> Result<Mounted> {
-        let New { place: Place(directory), detached } = self;
-        let failed =
-            |errno: Errno| Error::kernel(format!("cannot mount on {}", directory.display()), errno);
-        if let Some(mount) = &detached {
-            let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
-            move_mount(mount, c"", CWD, &directory, flags).map_err(failed)?;
+        match self {
+            New::InPlace(mounted) => Ok(mounted),
+            New::Detached(place, mount) => {
+                let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
+                move_mount(&mount, c"", CWD, &place.0, flags)
+                    .map_err(|errno| cannot_mount(&place.0, errno.into()))?;
+                Mounted::of(place, false)
+            }
         }
-        let status = status(&directory).map_err(failed)?;
-        Ok(Mounted {
-            id: status.stx_mnt_id,
-            device: (status.stx_dev_major, status.stx_dev_minor),
-            by_helper: detached.is_none(),
-            directory,
-        })
     }
 }
 
 impl Mounted {
+    fn of(Place(directory): Place, by_helper: bool) -> Result<Mounted> {
+        let status = status(&directory, Number::Unique)
+            .map_err(|errno| cannot_mount(&directory, errno.into()))?;
+        Ok(Mounted {
+            id: status.stx_mnt_id,
+            device: (status.stx_dev_major, status.stx_dev_minor),
+            by_helper,
+            left: AtomicBool::new(false),
+            directory,
+        })
+    }
+
     pub(super) fn directory(&self) -> &Path {
         &self.directory
     }
 
     /// Whether the directory still leads into it.
     pub(super) fn is_there(&self) -> bool {
-        status(&self.directory).is_ok_and(|status| status.stx_mnt_id == self.id)
+        status(&self.directory, Number::Unique).is_ok_and(|status| status.stx_mnt_id == self.id)
     }
 
     /// Where the kernel keeps how much it reads ahead in it.
@@ -260,18 +284,36 @@ impl Mounted {
     /// may be another's by now. Says whether it is ended: a user cannot do that as long as somebody
     /// has the file open, except where the control file system is mounted.
     pub(super) fn leave(&self) -> bool {
-        if self.is_there() {
-            // A failure means that somebody else was faster.
-            if self.by_helper {
-                let _ = helper_unmounts(&self.directory);
-            } else {
-                let flags = UnmountFlags::FORCE | UnmountFlags::DETACH;
-                if unmount(&self.directory, flags).is_ok() {
-                    return true;
-                }
-            }
+        self.unmount() || abort(self.device.1).is_ok()
+    }
+
+    /// Takes away what is left when the connection is gone: a mount, if somebody ended nothing but
+    /// the connection. Another server's mount may be there by now.
+    pub(super) fn clear(&self) {
+        let occupant = Occupant::of(&self.directory).ok().flatten();
+        if !self.left.swap(true, Relaxed) && occupant.is_some_and(|it| it.is_dead(&self.directory))
+        {
+            let _ = remove_dead(&self.directory);
         }
-        abort(self.device.1).is_ok()
+    }
+
+    /// Takes it away; says whether that ended its connection. A failure means that somebody else was
+    /// faster.
+    fn unmount(&self) -> bool {
+        if self.left.swap(true, Relaxed) || !self.is_there() {
+            return false;
+        }
+        if self.by_helper {
+            let _ = helper_unmounts(&self.directory);
+            return false;
+        }
+        unmount(&self.directory, UnmountFlags::FORCE | UnmountFlags::DETACH).is_ok()
+    }
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        self.unmount();
     }
 }
 
@@ -292,9 +334,23 @@ fn abort(number: u32) -> rustix::io::Result<()> {
     rustix::io::write(switch, b"1").map(drop)
 }
 
-fn status(path: &Path) -> rustix::io::Result<rustix::fs::Statx> {
-    let flags = AtFlags::NO_AUTOMOUNT | AtFlags::STATX_DONT_SYNC;
-    statx(CWD, path, flags, StatxFlags::MNT_ID | StatxFlags::TYPE)
+/// Which number of a mount is asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Number {
+    InMountinfo,
+    /// As far as the kernel has such numbers.
+    Unique,
+}
+
+/// What is known of `path` without asking anybody.
+fn status(path: &Path, number: Number) -> rustix::io::Result<rustix::fs::Statx> {
+    /// `STATX_MNT_ID_UNIQUE`
+    const UNIQUE: StatxFlags = StatxFlags::from_bits_retain(0x4000);
+    let wanted = match number {
+        Number::InMountinfo => StatxFlags::MNT_ID,
+        Number::Unique => StatxFlags::MNT_ID | UNIQUE,
+    };
+    statx(CWD, path, AtFlags::NO_AUTOMOUNT | AtFlags::STATX_DONT_SYNC, wanted)
 }
 
 fn helper_unmounts(directory: &Path) -> io::Result<()> {
@@ -333,11 +389,9 @@ struct Occupant {
 
 impl Occupant {
     fn of(directory: &Path) -> Result<Option<Occupant>> {
-        let failed = |error: io::Error| Error::Missing {
-            what: format!("cannot mount on {}", directory.display()),
-            error,
-        };
-        let status = status(directory).map_err(|errno| failed(errno.into()))?;
+        let failed = |error: io::Error| missing(directory, error);
+        let status =
+            status(directory, Number::InMountinfo).map_err(|errno| failed(errno.into()))?;
         let is_root = StatxAttributes::MOUNT_ROOT;
         if !status.stx_attributes.contains(is_root) {
             return Ok(None);
