@@ -176,7 +176,7 @@ class Bench:
             for arm, orders in medians.items()
         }
         for arm in self.theirs:
-            for our in best.keys() - self.theirs.keys():
+            for our in sorted(best.keys() - self.theirs.keys()):
                 found[f"{arm}, all_ms, {our}"] = best[arm] / best[our]
         return found
 
