@@ -152,14 +152,12 @@ def test_a_socket_for_each_fork(memory: Memory) -> None:
     """Each with clients of its own, one template for all: what one brought is there for others."""
     paths = [memory.path.with_name(f"fork-{number}") for number in range(3)]
     options = [part for path in paths for part in ("--firecracker", path)]
-    with (
-        Daemon(memory.spec, None, *options) as daemon,
-        ExitStack() as stack,
-    ):
+    with Daemon(memory.spec, None, *options) as daemon:
         assert daemon.ready["firecracker"] == [str(path) for path in paths]
-        for path in [*paths, paths[1]]:
-            vmm = stack.enter_context(Vmm(path, memory))
-            vmm.right(f"read 0 {vmm.pages} random 2 both")
+        with ExitStack() as stack:
+            for path in [*paths, paths[1]]:
+                vmm = stack.enter_context(Vmm(path, memory))
+                vmm.right(f"read 0 {vmm.pages} random 2 both")
         statistics, _ = daemon.stop()
         assert statistics["targets_ever"] == 4 and statistics["reports"] == []
         assert statistics["bytes_read"] <= memory.size
@@ -342,6 +340,15 @@ def test_a_target_comes_and_goes(memory: Memory) -> None:
         assert server.wait(0)
         assert server.statistics()["reports"] == []
     assert not path.exists()
+
+
+def test_clients_end_with_the_server(memory: Memory) -> None:
+    """The pages that they miss would never come."""
+    with serve(memory) as daemon, Vmm(door(daemon), memory) as vmm:
+        vmm.right("read 0 10")
+        _, err = daemon.stop()
+        support.ended(vmm.process, -signal.SIGKILL)
+        assert "the server ends, and pages that it misses would never come" in err
 
 
 # Bad input
