@@ -349,7 +349,7 @@ impl Service {
             false => "it was disconnected".to_owned(),
             true if has_ended(&visitor.pidfd) => "it has ended already".to_owned(),
             true => match kill(visitor.peer.pid, &visitor.pidfd) {
-                Ok(()) => {
+                Ok(_) => {
                     self.killed.fetch_add(1, Relaxed);
                     "it was killed, for it would wait for its memory for ever".to_owned()
                 }

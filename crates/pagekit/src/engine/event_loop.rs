@@ -154,7 +154,10 @@ impl Loop<'_> {
                                 faults.push(address);
                                 continue;
                             }
-                            Event::Remove { start, end } => regions.remove(start, end),
+                            Event::Remove { start, end } => {
+                                regions.remove(start, end);
+                                target.huge_given_back(start, end);
+                            }
                             Event::Unmap { start, end } => regions.unmap(start, end),
                             Event::Remap { from, to, len } => regions.remap(from, to, len),
                             // The child has what the parent has at this moment.

@@ -119,6 +119,9 @@ impl Target {
         if progress.errno == Some(Errno::NOENT) && bytes > self.page_size {
             progress = zero(self.page_size);
         }
+        if self.page_size != PAGE {
+            progress = self.true_of_huge(address, progress);
+        }
         self.locality().came_to((address + progress.done as u64) / PAGE);
         self.settled(address, progress, Resolution::Zeroed)
     }

@@ -6,9 +6,14 @@
 //! - Holes of the template's file where its content is zero cannot be copied from. Such a huge page is
 //!   put together in a buffer; one without holes is copied from the file as it lies there.
 //! - There is no zero page of this size: zeros are copied.
-//! - Whoever fills one takes it from the pool that the target reserved when it mapped its memory.
+//! - Whoever fills one takes it from the pool that the target reserved when it mapped its memory. If it
+//!   reserved nothing and the pool is empty, the kernel answers EEXIST, as if the page were there. (The
+//!   place for it in the page table is.) Who took that for true would wake a thread that faults again at
+//!   once, for ever. So it is kept which pages were filled, and EEXIST of any other means no room.
 
-use std::sync::{Arc, RwLockReadGuard};
+use std::sync::{Arc, PoisonError, RwLockReadGuard};
+
+use uffd::{Errno, Progress};
 
 use super::fill::Fill;
 use super::region::RegionMap;
@@ -55,6 +60,32 @@ impl Target {
 
     /// Fills one huge page at `address` with `run`, if all of that can be had at once.
     pub(super) fn fill_huge(&self, address: u64, run: Run) -> Option<Fill> {
+        let fill = self.fill_huge_at_once(address, run)?;
+        Some(Fill { progress: self.true_of_huge(address, fill.progress), ..fill })
+    }
+
+    /// What the kernel's answer to filling the huge page at `address` means.
+    pub(super) fn true_of_huge(&self, address: u64, progress: Progress) -> Progress {
+        let mut filled = self.filled_huge.lock().unwrap_or_else(PoisonError::into_inner);
+        match progress.errno {
+            Some(Errno::EXIST) if progress.done == 0 && !filled.contains(&address) => {
+                Progress { errno: Some(Errno::NOMEM), ..progress }
+            }
+            _ => {
+                let end = address + progress.done as u64;
+                filled.extend((address..end).step_by(self.page_size as usize));
+                progress
+            }
+        }
+    }
+
+    /// The target gave these addresses back.
+    pub(super) fn huge_given_back(&self, start: u64, end: u64) {
+        let mut filled = self.filled_huge.lock().unwrap_or_else(PoisonError::into_inner);
+        filled.retain(|address| !(start..end).contains(address));
+    }
+
+    fn fill_huge_at_once(&self, address: u64, run: Run) -> Option<Fill> {
         let template = &self.template;
         let zero =
             find(template.zero_runs(), run.start).is_some_and(|zero| zero.end() >= run.end());

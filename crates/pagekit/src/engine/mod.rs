@@ -226,10 +226,13 @@ impl Engine {
     pub fn kill(&self, target: &Target, why: &str) {
         let process = target.pid().map_or("pid unknown".to_owned(), |pid| format!("pid {pid}"));
         let outcome = match target.kill_process() {
-            Ok(()) => "was killed".to_owned(),
-            Err(error) => format!("could not be killed ({error})"),
+            Ok(true) => Some("was killed".to_owned()),
+            Ok(false) => None,
+            Err(error) => Some(format!("could not be killed ({error})")),
         };
-        self.report(&format!("target {} ({process}) {outcome}: {why}", target.id));
+        if let Some(outcome) = outcome {
+            self.report(&format!("target {} ({process}) {outcome}: {why}", target.id));
+        }
         target.end(&self.shared);
     }
 

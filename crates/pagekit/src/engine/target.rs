@@ -1,6 +1,7 @@
 //! One target: a process whose faults are served, and everything that is known of it.
 
 use std::collections::btree_map::{BTreeMap, Entry};
+use std::collections::HashSet;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{
     AtomicBool, AtomicU64,
@@ -51,6 +52,8 @@ pub struct Target {
     regions: RwLock<RegionMap>,
     /// Which pages had better come along. Never held for long.
     locality: Mutex<Locality>,
+    /// Addresses of the huge pages that were filled, and not given back since.
+    pub(super) filled_huge: Mutex<HashSet<u64>>,
     /// Faults that the kernel refused for now, by address.
     deferred: Mutex<BTreeMap<u64, Fault>>,
     pub(super) faults: AtomicU64,
@@ -135,6 +138,7 @@ impl Target {
             page_size: new.page_size,
             regions: RwLock::new(new.regions),
             locality: Mutex::new(Locality::new(keeps)),
+            filled_huge: Mutex::default(),
             deferred: Mutex::default(),
             faults: AtomicU64::new(0),
             ahead: AtomicU64::new(0),
@@ -421,7 +425,7 @@ impl Target {
 
     fn kill(&self, shared: &Shared, fault: &Fault, error: &Error) {
         match self.kill_process() {
-            Ok(()) => {
+            Ok(_) => {
                 self.report(shared, fault, error, "the process was killed");
                 shared.count(Outcome::Killed, fault);
                 // It may wait for a page even while it ends, in the kernel: only closing our
@@ -436,8 +440,8 @@ impl Target {
         }
     }
 
-    /// Kills the process, which nobody serves any more.
-    pub(super) fn kill_process(&self) -> Result<(), String> {
+    /// Kills the process, which nobody serves any more. See [`kill`].
+    pub(super) fn kill_process(&self) -> Result<bool, String> {
         match &*lock(&self.process) {
             Some(process) => kill(process.pid, &process.pidfd),
             None => Err("nobody said which it is".to_owned()),
@@ -473,15 +477,20 @@ impl Target {
     }
 }
 
-/// Kills a process that would wait for ever; never this one, whose number is compared.
+/// Kills a process that would wait for ever; never this one, whose number is compared. False if it has
+/// ended already.
 ///
 /// # Errors
 /// Why it lives on.
-pub(crate) fn kill(pid: i32, pidfd: impl AsFd) -> Result<(), String> {
+pub(crate) fn kill(pid: i32, pidfd: impl AsFd) -> Result<bool, String> {
     if pid.unsigned_abs() == std::process::id() {
         return Err("it is this very process".to_owned());
     }
-    pidfd_send_signal(pidfd, Signal::KILL).map_err(|errno| errno.to_string())
+    match pidfd_send_signal(pidfd, Signal::KILL) {
+        Ok(()) => Ok(true),
+        Err(Errno::SRCH) => Ok(false),
+        Err(errno) => Err(errno.to_string()),
+    }
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
