@@ -373,6 +373,7 @@ impl Shared {
         if let Some(pidfd) = target.pidfd() {
             let _ = epoll::delete(&self.epoll, pidfd);
         }
+        target.abandon(self);
         self.fewer_targets.notify_all();
     }
 

@@ -226,6 +226,15 @@ impl Target {
         due.into_values().collect()
     }
 
+    /// Ends what was put aside: nobody will try it again.
+    pub(super) fn abandon(&self, shared: &Shared) {
+        let mut deferred = lock(&self.deferred);
+        self.gone.store(true, Relaxed);
+        for fault in std::mem::take(&mut *deferred).into_values() {
+            shared.count(Outcome::Abandoned, &fault);
+        }
+    }
+
     /// When the next deferred fault is due.
     pub(super) fn next_due(&self) -> Option<Instant> {
         lock(&self.deferred).values().map(|fault| fault.due).min()
@@ -382,7 +391,11 @@ impl Target {
     fn defer(&self, shared: &Shared, mut fault: Fault) {
         fault.due = Instant::now() + Duration::from_micros(100 << fault.attempts.min(6));
         fault.attempts += 1;
-        match lock(&self.deferred).entry(fault.address) {
+        let mut deferred = lock(&self.deferred);
+        if self.gone.load(Relaxed) {
+            return shared.count(Outcome::Abandoned, &fault);
+        }
+        match deferred.entry(fault.address) {
             Entry::Vacant(entry) => {
                 entry.insert(fault);
             }
