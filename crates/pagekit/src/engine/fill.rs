@@ -4,11 +4,10 @@
 //! |---|---|
 //! | in the template's file | as the backend does it |
 //! | nowhere: they are zero by the map | as zeros |
-//! | at hand in the source, such as a file whose pages the kernel has cached | read and copied |
 //!
-//! The last is for targets with pages of their own (`copy`). Their pages could go through the template's
-//! file too, but would cost twice as much time, and be kept twice, for nobody: the source is as near as
-//! the file would be. So what such targets take from a near source does not enter the file.
+//! What is at hand in the source (a file whose pages the kernel has cached) could go straight into a
+//! target of `copy`, at half the cost of the way through the template's file. But then each fork would
+//! fetch it anew: it takes the way on which the next fork finds it.
 
 use uffd::{Errno, Progress};
 
@@ -16,7 +15,6 @@ use super::region::Place;
 use super::target::Target;
 use crate::backend::{self, Resolution};
 use crate::page::{find, Run, PAGE};
-use crate::template::with_buffer;
 
 /// A fill that was tried.
 #[derive(Debug, Clone, Copy)]
@@ -45,28 +43,10 @@ impl Target {
             let progress = self.backend.fill(&self.uffd, template.cache(), address, present);
             return Some(Fill { run: present, progress, filled: self.backend.filled() });
         }
-        let zero_runs = template.zero_runs();
-        if let Some(zero) = find(zero_runs, run.start) {
-            let run = Run::between(run.start, run.end().min(zero.end()));
-            let progress = backend::zero(&self.uffd, address, run.bytes(), self.page_size);
-            return Some(Fill { run, progress, filled: Resolution::Zeroed });
-        }
-        if !self.near {
-            return None;
-        }
-        let zero = zero_runs.partition_point(|zero| zero.start <= run.start);
-        let end = zero_runs.get(zero).map_or(run.end(), |zero| zero.start.min(run.end()));
-        self.put_from_source(address, Run::between(run.start, end))
-    }
-
-    /// Puts all of `run` at `address`, from the source, if that has it at hand.
-    pub(super) fn put_from_source(&self, address: u64, run: Run) -> Option<Fill> {
-        with_buffer(run.bytes() as usize, |buffer| {
-            self.template.read_now(run, buffer).then(|| {
-                let progress = self.uffd.copy(address, buffer);
-                Fill { run, progress, filled: self.backend.filled() }
-            })
-        })
+        let zero = find(template.zero_runs(), run.start)?;
+        let run = Run::between(run.start, run.end().min(zero.end()));
+        let progress = backend::zero(&self.uffd, address, run.bytes(), self.page_size);
+        Some(Fill { run, progress, filled: Resolution::Zeroed })
     }
 
     /// Puts `page` of the template at `address`, and what else of `along` is missing there, in the same

@@ -92,11 +92,6 @@ impl Target {
         if zero || template.present_from(run) == run {
             return self.put(address, run);
         }
-        if self.near {
-            if let Some(fill) = self.put_from_source(address, run) {
-                return Some(fill);
-            }
-        }
         if !self.is_here(run) {
             return None;
         }

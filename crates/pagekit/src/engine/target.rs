@@ -44,8 +44,6 @@ pub struct Target {
     pub(super) beacon: Option<u64>,
     /// Bytes of the target's own pages: 4096, or 2 MiB for hugetlb.
     pub(super) page_size: u64,
-    /// Whether pages go from the source straight into the target, where the source has them at hand.
-    pub(super) near: bool,
     /// Which page belongs where. Written from before events are read until they are applied, read around
     /// every fill: a page that was given back can never be filled again by somebody who looked before.
     /// (Who waits to write goes before who comes to read: events are read though others fill.)
@@ -130,7 +128,6 @@ impl Target {
             id,
             parent,
             process: Mutex::new(process),
-            near: fills && new.template.capabilities().immediate,
             uffd: new.uffd,
             template: new.template,
             backend: new.backend,

@@ -397,26 +397,6 @@ impl Template {
         Run::between(run.start, end)
     }
 
-    /// Reads `run` from the source, if that has it at hand, and keeps nothing of it. Says whether it
-    /// did.
-    pub(crate) fn read_now(&self, run: Run, buffer: &mut [u8]) -> bool {
-        match self.stack.try_read(run.offset(), buffer) {
-            Ok(Some(content)) => {
-                self.counters.fetches.fetch_add(1, Relaxed);
-                match content {
-                    Content::Bytes => self.counters.bytes_read.fetch_add(run.bytes(), Relaxed),
-                    Content::Zero => {
-                        buffer.fill(0);
-                        0
-                    }
-                };
-                true
-            }
-            // A failure is looked at where there is time for another try.
-            Ok(None) | Err(_) => false,
-        }
-    }
-
     /// Reads `buffer.len()` bytes at `offset`, any values inside the template, fetching what is
     /// absent. Blocks.
     pub fn read(self: &Arc<Self>, offset: u64, buffer: &mut [u8]) -> Result<(), Arc<Error>> {
