@@ -85,28 +85,6 @@ fn all_pages_of_all_targets(layers: &[&str]) -> pagekit::template::Statistics {
     template.statistics()
 }
 
-/// What targets with pages of their own take from a source at hand is kept nowhere else.
-#[test]
-fn pages_of_a_near_source_are_not_kept_twice() {
-    let template = template(64, &["stats"]);
-    let engine = engine();
-    let copies = [(); 2].map(|()| Served::new(&engine, &template, "copy"));
-    for copy in &copies {
-        (0..64).for_each(|page| assert_eq!(copy.page(page), content(page)));
-    }
-    assert_eq!(template.statistics().present_pages, 0);
-    assert_eq!(template.statistics().bytes_read, 2 * template.size());
-    assert_eq!(counted(&template, "stats.bytes"), 2 * template.size());
-    // Others have it brought for all, and then it is taken from there.
-    let share = Served::new(&engine, &template, "share");
-    (0..64).for_each(|page| assert_eq!(share.touch(page), first_byte(page)));
-    assert_eq!(template.statistics().present_pages, 64);
-    let third = Served::new(&engine, &template, "copy");
-    (0..64).for_each(|page| assert_eq!(third.page(page), content(page)));
-    assert_eq!(template.statistics().bytes_read, 3 * template.size());
-    assert_all_counted(&engine);
-}
-
 #[test]
 fn a_later_fork_of_share_never_traps_where_another_one_was() {
     let template = template(64, &[]);
