@@ -81,8 +81,11 @@ class Vmm:
 
     def waits_in(self, place: str) -> bool:
         """Whether a thread of it sleeps in this function of the kernel."""
-        tasks = Path(f"/proc/{self.process.pid}/task")
-        return any((task / "wchan").read_text() == place for task in tasks.iterdir())
+        for task in Path(f"/proc/{self.process.pid}/task").iterdir():
+            with suppress(OSError):  # it has ended meanwhile
+                if (task / "wchan").read_text() == place:
+                    return True
+        return False
 
     def __enter__(self) -> Self:
         return self
