@@ -154,6 +154,18 @@ def row(text: str, name: str) -> list[str]:
     return [cell.strip() for cell in found[1].split("│")]
 
 
+def test_where_nothing_can_be_mounted() -> None:
+    found = made_up_local()
+    del found.arms["mount"]
+    found.left_out["mount"] = "there is no /dev/fuse"
+    result = made_up(found)
+    assert "mount is left out: there is no /dev/fuse." in written(result)
+    report = json.loads(json.dumps(as_json(result)))
+    assert "mount" not in report["local"]
+    assert report["local_left_out"] == {"mount": "there is no /dev/fuse"}
+    assert not any("mount_to" in name for name in report["ratios"])
+
+
 def test_both_tables() -> None:
     result = made_up(made_up_local(), made_up_remote())
     report = json.loads(json.dumps(as_json(result)))

@@ -39,7 +39,7 @@ def examine() -> list[Check]:
     core = _core()
     checks.append(core)
     if core.state == "yes":
-        checks += [*_userfaultfd(), _template_file()]
+        checks += [*_userfaultfd(), _template_file(), _fuse()]
     return [*checks, _qemu(), _kvm(), _guest(), _memory(), _mappings()]
 
 
@@ -107,6 +107,23 @@ def _template_file() -> Check:
         purpose,
         "run the server with CAP_SYS_ADMIN",
     )
+
+
+def _fuse() -> Check:
+    purpose = "pagekit mount (without: Firecracker and QEMU by their sockets)"
+    if not Path("/dev/fuse").exists():
+        remedy = "sudo modprobe fuse, or hand /dev/fuse to the container"
+        return Check("fuse", "limited", "there is no /dev/fuse", purpose, remedy)
+    if os.geteuid() == 0:
+        return Check("fuse", "yes", "this user may mount", purpose)
+    if shutil.which("fusermount3") is None:
+        remedy = "sudo apt-get install -y --no-install-recommends fuse3"
+        found = "fusermount3, by which users mount, is not on PATH"
+        return Check("fuse", "limited", found, purpose, remedy)
+    if not os.access("/dev/fuse", os.R_OK | os.W_OK):
+        remedy = "sudo chmod a+rw /dev/fuse"
+        return Check("fuse", "limited", "/dev/fuse may not be opened", purpose, remedy)
+    return Check("fuse", "yes", "by fusermount3; files for this user alone", purpose)
 
 
 def _qemu() -> Check:

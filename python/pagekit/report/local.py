@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..sandbox import Accelerator
-from ..sandbox.comparison.local import ARMS, SERVED, TOUCHED_BYTES, Arm, Local
+from ..sandbox.comparison.local import SERVED, TOUCHED_BYTES, Arm, Local
 from .figures import MIB, medians, ms_range, short, spread
 
 # Differences smaller than this are called none: medians of few runs are no better.
@@ -43,6 +43,7 @@ def as_json(result: Local, forks: int) -> dict[str, Any]:
             "ready_s": spread([sample.ready_s for sample in result.cold]),
             "samples": len(result.cold),
         },
+        "local_left_out": result.left_out,
         "local": {name: _arm_as_json(arm, forks) for name, arm in result.arms.items()},
         f"host_kib_{forks}": {name: arm.host_kib_many for name, arm in result.arms.items()},
         "host_basis": result.host_basis,
@@ -63,10 +64,10 @@ def ratios(result: Local) -> dict[str, float]:
         for name in ("lazy", "warm")
     }
     resume = "resume_to_answer_s"
-    for name in SERVED:
+    for name in _served(result):
         ratio = _median(result.arms[name], resume) / _median(plain, resume)
         found[f"{name}_to_map_private_resume"] = ratio
-    for name in ("warm", "mount"):
+    for name in result.arms.keys() & {"warm", "mount"}:
         kib = result.arms[name].guest_kib_many
         if kib and plain.guest_kib_many:
             found[f"{name}_to_map_private_guest_kib"] = kib / plain.guest_kib_many
@@ -75,21 +76,22 @@ def ratios(result: Local) -> dict[str, float]:
 
 def as_table(result: Local, accelerator: Accelerator, forks: int) -> RenderableType:
     """The figures as a table, with what they say below it."""
+    ways = len(result.arms) + 1
     table = Table(
-        title=f"One guest, started in seven ways (accelerator: {accelerator.name})",
+        title=f"One guest, started in {ways} ways (accelerator: {accelerator.name})",
         title_justify="left",
         caption=f"Medians of {_counts(result)}. {_LEGEND}",
         caption_justify="left",
     )
     table.add_column("", no_wrap=True)
-    for title in _TITLES.values():
-        table.add_column(title, justify="right")
+    for name in ("cold", *result.arms):
+        table.add_column(_TITLES[name], justify="right")
 
-    arms = [result.arms[name] for name in ARMS]
+    arms = list(result.arms.values())
     forked = [arm.samples for arm in arms]
     every = [result.cold, *forked]
-    served = [result.arms[name].samples if name in SERVED else [] for name in ARMS]
-    read = [[] if name == "map_private" else result.arms[name].samples for name in ARMS]
+    served = [arm.samples if name in SERVED else [] for name, arm in result.arms.items()]
+    read = [[] if name == "map_private" else arm.samples for name, arm in result.arms.items()]
 
     table.add_row("ready, ms", *medians(every, lambda s: s.ready_s * 1000))
     table.add_row("  from…to", *(ms_range([s.ready_s for s in group]) for group in every))
@@ -133,7 +135,12 @@ def said(result: Local, accelerator: Accelerator, forks: int) -> list[str]:
         for name, arm in result.arms.items()
         if arm.skipped
     ]
+    lines += [f"{_TITLES[name]} is left out: {why}." for name, why in result.left_out.items()]
     return lines
+
+
+def _served(result: Local) -> list[str]:
+    return [name for name in SERVED if name in result.arms]
 
 
 def _where_plain_wins(result: Local, forks: int) -> list[str]:
@@ -146,7 +153,7 @@ def _where_plain_wins(result: Local, forks: int) -> list[str]:
         (f"host memory of {forks} forks", lambda arm: arm.host_kib_many),
     ]
     lines = []
-    for name in SERVED:
+    for name in _served(result):
         wins, ties, loses = [], [], []
         for what, value in figures:
             ours, its = value(result.arms[name]), value(plain)

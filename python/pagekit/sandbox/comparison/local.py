@@ -25,6 +25,7 @@ from statistics import median
 
 import pagekit
 
+from ...errors import KernelError
 from .. import memory
 from ..backing import Backing, Eager, Mounted, Plain, Served
 from ..fleet import Fleet
@@ -92,12 +93,14 @@ class Local:
         cold: cold boots.
         arms: by name, see :data:`ARMS`.
         memory_bytes: size of the guest's RAM; ``image_bytes`` of it are not zero.
+        left_out: why an arm is not there, where it is impossible.
         digest: SHA-256 of the snapshot's memory, the same before and after.
         host_basis: how memory of the host was counted.
     """
 
     cold: list[Sample] = field(default_factory=list)
     arms: dict[str, Arm] = field(default_factory=lambda: {name: Arm() for name in ARMS})
+    left_out: dict[str, str] = field(default_factory=dict)
     memory_bytes: int = 0
     image_bytes: int = 0
     digest: str = ""
@@ -124,26 +127,39 @@ class _Experiment:
         result.digest = snapshot.digest()
         self._working_set, _ = setting.record(snapshot, [setting.requests.every_page()])
 
-        with setting.serving(snapshot) as warm, setting.serving(snapshot, mount=True) as mounted:
-            for used in (Served(warm), Mounted(mounted)):  # brings the pages in
-                self._sample(snapshot, used, None)
-            order = ["cold"] * (cold_boots - 1) + list(ARMS) * samples
+        with contextlib.ExitStack() as stack:
+            warm = stack.enter_context(setting.serving(snapshot))
+            mounted = self._mounted(stack, snapshot)
+            self._sample(snapshot, Served(warm), None)  # brings the pages in
+            if mounted:
+                self._sample(snapshot, Mounted(mounted), None)
+            order = ["cold"] * (cold_boots - 1) + list(result.arms) * samples
             random.shuffle(order)
             for step, arm in enumerate(order):
                 setting.told(f"one start at a time: {arm}", step, len(order))
                 self._take(arm, snapshot, warm, mounted)
-            order = list(ARMS)
+            order = list(result.arms)
             random.shuffle(order)
             for step, arm in enumerate(order):
                 setting.told(f"{setting.forks} forks at once: {arm}", step, len(order))
                 self._many(arm, snapshot)
             setting.told("checking that the template is what it was", 0, 1)
             check_template(snapshot, warm.template, result.digest)
-            mounted.template.audit()
+            if mounted:
+                mounted.template.audit()
         return result
 
+    def _mounted(self, stack: contextlib.ExitStack, snapshot: Snapshot) -> pagekit.Server | None:
+        """A server with a mount; None where that is impossible, and then there is no such arm."""
+        try:
+            return stack.enter_context(self._setting.serving(snapshot, mount=True))
+        except KernelError as error:
+            self._result.left_out["mount"] = str(error)
+            del self._result.arms["mount"]
+            return None
+
     def _take(
-        self, arm: str, snapshot: Snapshot, warm: pagekit.Server, mounted: pagekit.Server
+        self, arm: str, snapshot: Snapshot, warm: pagekit.Server, mounted: pagekit.Server | None
     ) -> None:
         """Take one sample of an arm."""
         if arm == "cold":
@@ -157,7 +173,7 @@ class _Experiment:
             samples.append(self._sample(snapshot, Plain(), None))
         elif arm == "warm":
             samples.append(self._sample(snapshot, Served(warm), warm))
-        elif arm == "mount":
+        elif mounted and arm == "mount":
             samples.append(self._sample(snapshot, Mounted(mounted), mounted))
         else:
             started = time.perf_counter()
