@@ -29,6 +29,20 @@ fn a_second_handshake_is_refused_even_after_an_empty_one() {
 }
 
 #[test]
+fn what_was_negotiated_can_be_told_from_the_descriptor() {
+    let uffd = open();
+    assert_eq!(uffd::negotiated(&uffd).unwrap(), None);
+    assert!(uffd::handshake_needed(&uffd).unwrap());
+    uffd.handshake(Features::NONE).unwrap();
+    assert_eq!(uffd::negotiated(&uffd).unwrap(), Some(Features::NONE));
+    assert!(!uffd::handshake_needed(&uffd).unwrap());
+    let wanted = Features::EVENT_REMOVE | Features::THREAD_ID;
+    assert_eq!(uffd::negotiated(negotiated(wanted)).unwrap(), Some(wanted));
+    let error = uffd::negotiated(memory_file(1)).unwrap_err();
+    assert_eq!(error.kind(), std::io::ErrorKind::InvalidInput);
+}
+
+#[test]
 fn nothing_works_before_the_handshake() {
     let uffd = open();
     let memory = Mapping::anonymous(1);

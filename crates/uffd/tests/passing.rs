@@ -12,7 +12,7 @@ use rustix::net::{
     sendmsg, socketpair, AddressFamily, SendAncillaryBuffer, SendAncillaryMessage, SendFlags,
     SocketFlags, SocketType,
 };
-use uffd::passing::{receive, send, MOST_DESCRIPTORS};
+use uffd::passing::{receive, receive_some, send, MOST_DESCRIPTORS};
 
 /// These tests count the descriptors of the process: one at a time.
 fn alone() -> MutexGuard<'static, ()> {
@@ -82,6 +82,31 @@ fn a_message_that_does_not_fit_is_an_error_and_its_descriptors_are_closed() {
     // The connection is still good.
     send(&here, b"fine", &[]).unwrap();
     assert_eq!(receive(&there, &mut [0; 99]).unwrap().0, 4);
+}
+
+#[test]
+fn who_wants_to_know_is_told_that_something_did_not_fit() {
+    let _alone = alone();
+    let (here, there) =
+        socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None).unwrap();
+    let file = memory_file(1);
+    let before = descriptors_open();
+    send(&here, b"one two", &[file.as_fd()]).unwrap();
+    // What does not fit of a stream comes next.
+    let first = receive_some(&there, &mut [0; 4]).unwrap();
+    assert_eq!((first.bytes, first.descriptors.len(), first.cut), (4, 1, false));
+    let second = receive_some(&there, &mut [0; 4]).unwrap();
+    assert_eq!((second.bytes, second.descriptors.len(), second.cut), (3, 0, false));
+    let many: Vec<BorrowedFd<'_>> = vec![file.as_fd(); MOST_DESCRIPTORS + 5];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(32))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    assert!(control.push(SendAncillaryMessage::ScmRights(&many)));
+    sendmsg(&here, &[IoSlice::new(b"x")], &mut control, SendFlags::empty()).unwrap();
+    assert!(receive_some(&there, &mut [0; 4]).unwrap().cut);
+    drop((first, second, here));
+    assert_eq!(receive_some(&there, &mut [0; 4]).unwrap().bytes, 0, "the end of the connection");
+    // Less one end of the connection.
+    assert_eq!(descriptors_open(), before - 1);
 }
 
 #[test]

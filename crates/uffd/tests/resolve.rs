@@ -3,8 +3,8 @@
 mod common;
 
 use common::*;
-use rustix::mm::{mprotect, MapFlags, MprotectFlags, ProtFlags};
-use uffd::{Errno, Features, Progress, RegisterMode};
+use rustix::mm::{madvise, mprotect, Advice, MapFlags, MprotectFlags, ProtFlags};
+use uffd::{Errno, Event, Features, Progress, RegisterMode};
 
 const READ_WRITE: ProtFlags = ProtFlags::READ.union(ProtFlags::WRITE);
 
@@ -147,6 +147,36 @@ fn a_source_that_cannot_be_read() {
     assert_stopped(copy(1, PAGE), 0, Errno::FAULT);
     assert_stopped(copy(0, 2 * PAGE), PAGE, Errno::AGAIN);
     assert_eq!(target.memory.touch(0), 0x11);
+}
+
+/// Asked, and never filled.
+#[test]
+fn a_range_can_be_asked_for() {
+    let target = Registered::anonymous(8, Features::EVENT_REMOVE);
+    let (uffd, memory) = (&target.uffd, &target.memory);
+    assert_done(uffd.copy(memory.at(3), &page(1)), PAGE);
+    for (from, pages) in [(0, 8), (0, 1), (3, 1), (3, 5)] {
+        let answer = uffd.probe_range(memory.at(from), (pages * PAGE) as u64);
+        assert_eq!(answer, Some(Errno::FAULT), "{pages} pages from {from}");
+    }
+    uffd.unregister(memory.at(7), PAGE as u64).unwrap();
+    assert_eq!(uffd.probe_range(memory.at(7), PAGE as u64), Some(Errno::NOENT));
+    assert_eq!(uffd.probe_range(memory.at(0), memory.bytes()), Some(Errno::NOENT));
+    assert!(uffd.is_alive(memory.at(7)));
+    // What was asked for is missing still.
+    let waiting = toucher(memory.at(0));
+    assert_eq!(target.next_fault(), memory.at(0));
+    assert_done(uffd.copy(memory.at(0), &page(2)), PAGE);
+    assert_eq!(waiting.join().unwrap(), 2);
+    let address = memory.at(1);
+    let giver = std::thread::spawn(move || {
+        // SAFETY: a page of the test, which it does not look at again.
+        unsafe { madvise(address as *mut _, PAGE, Advice::LinuxDontNeed).unwrap() };
+    });
+    wait_readable(uffd);
+    assert_eq!(uffd.probe_range(memory.at(4), PAGE as u64), Some(Errno::AGAIN), "nothing is known");
+    assert!(matches!(next_event(uffd), Event::Remove { .. }));
+    giver.join().unwrap();
 }
 
 #[test]

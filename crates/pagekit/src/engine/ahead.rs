@@ -20,8 +20,10 @@ use super::target::Target;
 use super::Shared;
 use crate::page::{Run, PAGE};
 
-/// Pages filled under the lock at once, which takes some 30 µs: about as long as a wake-up.
-const PIECE: u64 = 32;
+/// Pages filled under the lock at once while the target faults, which takes as long as a fault.
+const SHORTEST_PIECE: u64 = 8;
+/// The same while it does not.
+const LONGEST_PIECE: u64 = 64;
 
 /// How far filling ahead came.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -44,13 +46,17 @@ enum End {
 impl Target {
     pub(super) fn install_ahead(&self, shared: &Shared, run: Run) -> Ahead {
         let unit = self.page_size / PAGE;
-        let piece = PIECE.max(unit);
         let run = Run::between(
             run.start - run.start % unit,
             run.end().next_multiple_of(unit).min(self.template.whole().end()),
         );
         let mut ahead = Ahead { installed: 0, rest: run };
         while ahead.rest.pages > 0 {
+            let faults = self.faults.load(Relaxed);
+            let piece = match self.faults_before.swap(faults, Relaxed) == faults {
+                true => LONGEST_PIECE.max(unit),
+                false => SHORTEST_PIECE.max(unit),
+            };
             let part = Run { pages: piece.min(ahead.rest.pages), ..ahead.rest };
             std::thread::yield_now();
             let regions = self.regions();

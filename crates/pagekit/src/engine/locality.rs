@@ -8,8 +8,8 @@
 //!   second one comes the rest of the block. At worst that is two faults a block, at best nothing that
 //!   is not needed. (To bring the rest after waking who waited for the page saves him nothing: he is
 //!   there with the next fault before it is done, or gets the processor only when it is.)
-//! - Who reads on where he left off gets more each time, but never more at once than makes him wait as
-//!   long as some ten faults. A source is asked for more: there a request costs more than its bytes.
+//! - Who reads on where he left off gets more each time, but never more at once than makes him wait for
+//!   some 130 µs. A source is asked for more: there a request costs more than its bytes.
 
 use crate::page::Run;
 

@@ -55,6 +55,8 @@ pub struct Target {
     /// Faults that the kernel refused for now, by address.
     deferred: Mutex<BTreeMap<u64, Fault>>,
     pub(super) faults: AtomicU64,
+    /// How many there were when pages last came ahead of demand.
+    pub(super) faults_before: AtomicU64,
     /// Pages that came ahead of demand.
     pub(super) ahead: AtomicU64,
     gone: AtomicBool,
@@ -138,6 +140,7 @@ impl Target {
             filled_huge: Mutex::default(),
             deferred: Mutex::default(),
             faults: AtomicU64::new(0),
+            faults_before: AtomicU64::new(0),
             ahead: AtomicU64::new(0),
             gone: AtomicBool::new(false),
             _connection: new.connection,
