@@ -545,12 +545,19 @@ def in_a_fault(daemon: Daemon, memory: Memory) -> None:
         vmm.kill()
 
 
+def stopped(pid: int) -> bool:
+    tasks = Path(f"/proc/{pid}/task").iterdir()
+    return all((task / "stat").read_text().rpartition(")")[2].split()[0] == "T" for task in tasks)
+
+
 def in_a_removal(daemon: Daemon, memory: Memory) -> None:
     """The event is not read while the server is stopped."""
     with Vmm(door(daemon), memory) as vmm:
         vmm.right("read 0 100")
         daemon.process.send_signal(signal.SIGSTOP)
         try:
+            # Until then a thread that polls would read the event.
+            until(lambda: stopped(daemon.process.pid), "every thread of the server is stopped")
             vmm.tell("remove 0 100")
             until(lambda: vmm.waits_in("userfaultfd_event_wait_completion"), "waiting in madvise")
             vmm.kill()
