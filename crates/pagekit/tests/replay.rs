@@ -174,6 +174,7 @@ fn a_failing_source_ends_the_replay_and_nothing_else() {
     let error = replay.wait(PATIENCE).unwrap_err();
     assert!(error.to_string().contains("page:700"), "{error}");
     assert!(replay.statistics().failure.is_some());
+    assert_eq!(replay.statistics().fetched_pages, 700, "those that are there, and no others");
     assert_eq!(read_page(&template, 699).unwrap(), content(699));
     assert_eq!(read_page(&template, 1000).unwrap(), content(1000));
     assert!(read_page(&template, 700).is_err());

@@ -21,7 +21,7 @@ SPEC is where the pages come from: file:PATH or zero:SIZE.
 Ways in, one at least:
   --socket PATH     where programs attach that preload the shim
   --firecracker PATH  where Firecracker connects, any number of them (repeatable: one for each, if
-                    they must not meet)
+                    they must not meet). Pages are copied into each: to share them take --mount
 
   --mount DIR       a file in this directory, for any program to map privately; of it:
   --mount-name NAME its name (default memory)

@@ -35,6 +35,8 @@ def command(spec: str, captive: bool, command_line: tuple[str, ...], **options: 
     fail=N. In COMMAND, {file} stands for the file to map. A recording is saved at the end, and at
     SIGUSR1, which says that the sandbox is ready.
 
+    Firecrackers at a socket get copies of their own; to share pages between them take --mount.
+
     \b
     Examples:
       pagekit serve file:memory --socket /run/pk.sock

@@ -11,7 +11,7 @@
 //!   place for it in the page table is.) Who took that for true would wake a thread that faults again at
 //!   once, for ever. So it is kept which pages were filled, and EEXIST of any other means no room.
 
-use std::sync::{Arc, PoisonError, RwLockReadGuard};
+use std::sync::{Arc, RwLockReadGuard};
 
 use uffd::{Errno, Progress};
 
@@ -66,7 +66,7 @@ impl Target {
 
     /// What the kernel's answer to filling the huge page at `address` means.
     pub(super) fn true_of_huge(&self, address: u64, progress: Progress) -> Progress {
-        let mut filled = self.filled_huge.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut filled = self.filled_huge();
         match progress.errno {
             Some(Errno::EXIST) if progress.done == 0 && !filled.contains(&address) => {
                 Progress { errno: Some(Errno::NOMEM), ..progress }
@@ -81,8 +81,7 @@ impl Target {
 
     /// The target gave these addresses back.
     pub(super) fn huge_given_back(&self, start: u64, end: u64) {
-        let mut filled = self.filled_huge.lock().unwrap_or_else(PoisonError::into_inner);
-        filled.retain(|address| !(start..end).contains(address));
+        self.filled_huge().retain(|address| !(start..end).contains(address));
     }
 
     fn fill_huge_at_once(&self, address: u64, run: Run) -> Option<Fill> {

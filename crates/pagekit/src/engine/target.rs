@@ -51,7 +51,7 @@ pub struct Target {
     /// Which pages had better come along. Never held for long.
     locality: Mutex<Locality>,
     /// Addresses of the huge pages that were filled, and not given back since.
-    pub(super) filled_huge: Mutex<HashSet<u64>>,
+    filled_huge: Mutex<HashSet<u64>>,
     /// Faults that the kernel refused for now, by address.
     deferred: Mutex<BTreeMap<u64, Fault>>,
     pub(super) faults: AtomicU64,
@@ -188,6 +188,10 @@ impl Target {
 
     pub(super) fn locality(&self) -> MutexGuard<'_, Locality> {
         lock(&self.locality)
+    }
+
+    pub(super) fn filled_huge(&self) -> MutexGuard<'_, HashSet<u64>> {
+        lock(&self.filled_huge)
     }
 
     /// A fault that was read now.

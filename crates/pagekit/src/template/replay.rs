@@ -259,12 +259,11 @@ impl Replay {
         // Under the lock, so that nobody misses it who is about to wait.
         drop(self.lock());
         self.changed.notify_all();
-        for thread in std::mem::take(&mut *self.lock_threads()) {
-            // The last to let go of a template may be one of these threads.
-            if thread.thread().id() != std::thread::current().id() {
-                // A panic is in the failure already.
-                let _ = thread.join();
-            }
+        // Taken out first: nobody waits for the list while we wait for the threads.
+        let threads = std::mem::take(&mut *self.lock_threads());
+        for thread in threads {
+            // A panic is in the failure already.
+            let _ = thread.join();
         }
     }
 
@@ -307,7 +306,7 @@ impl Replay {
                 Err(error) => drop(replay.failure.set(Arc::clone(error))),
             });
             for fetch in template.want_all(*run, arrived) {
-                self.see_to(fetch);
+                self.see_to(&template, fetch);
             }
         }
     }
@@ -323,7 +322,7 @@ impl Replay {
         self.changed.notify_all();
     }
 
-    fn see_to(&self, mut fetch: Fetch) {
+    fn see_to(&self, template: &Template, mut fetch: Fetch) {
         let run = fetch.run;
         self.requests.fetch_add(1, Relaxed);
         while let Some((again, pause)) = fetch.attempt() {
@@ -334,7 +333,8 @@ impl Replay {
             std::thread::sleep(pause);
             fetch = again;
         }
-        self.pages.fetch_add(run.pages, Relaxed);
+        // Of one that failed perhaps a part is there.
+        self.pages.fetch_add(template.present_from(run).pages, Relaxed);
     }
 
     /// Waits until `run` may be asked for.

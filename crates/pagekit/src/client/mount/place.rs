@@ -17,7 +17,8 @@
 //! - The connection ends by itself with the last descriptor of the device, also when this process is
 //!   killed. A child of ours that was forked and ran no other program would keep it.
 //! - Whether a path is still our mount is told by the mount's unique number (Linux ≥ 6.8). The older
-//!   kind, which `mountinfo` has, is used again at once. `/proc/self/mountinfo` polls as exceptional when any mount changes.
+//!   kind, which `mountinfo` has, is used again at once. `/proc/self/mountinfo` polls as exceptional
+//!   when any mount changes.
 
 use std::ffi::OsStr;
 use std::fs::{self, File};
