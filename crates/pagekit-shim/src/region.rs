@@ -311,7 +311,7 @@ fn accept(offer: Offer, wanted: &Wanted, connection: &Connection) -> Result<Regi
         return Err(format!("the server answered {ready:?} to a region").into());
     };
     let register = |start: u64, bytes: u64| {
-        uffd.register(start, bytes, RegisterMode::Missing)
+        uffd.register(start, bytes, RegisterMode::MISSING)
             .map_err(|error| format!("{bytes} bytes at {start:#x} cannot be registered: {error}"))
     };
     for part in complement(run, &offer.zero_runs) {

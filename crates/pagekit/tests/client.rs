@@ -99,7 +99,7 @@ fn client(service: &Service, uffd: OwnedFd) -> Client {
     let (ready, _) = hear(&socket).unwrap();
     assert!(matches!(ready, Message::Ready { .. }), "{ready:?}");
     let uffd = Userfaultfd::from(uffd);
-    uffd.register(memory.start, memory.bytes, RegisterMode::Missing).unwrap();
+    uffd.register(memory.start, memory.bytes, RegisterMode::MISSING).unwrap();
     Client { uffd, memory, _socket: socket }
 }
 

@@ -149,7 +149,7 @@ impl Memory {
         let mut regions = Vec::new();
         for at in order {
             let region = Region { start, size: sizes[at] * PAGE, offset: offset_of(at) };
-            uffd.register(region.start, region.size, RegisterMode::Missing).unwrap();
+            uffd.register(region.start, region.size, RegisterMode::MISSING).unwrap();
             start += region.size + 2 * PAGE;
             regions.push(region);
         }
@@ -567,7 +567,7 @@ fn fifty_thousand_regions_are_no_trouble() {
     // One mapping, in regions of a page or two, in wild order.
     let uffd = negotiated(Features::EVENT_REMOVE);
     let mapping = Mapping::anonymous(2 * REGIONS);
-    uffd.register(mapping.start, mapping.bytes, RegisterMode::Missing).unwrap();
+    uffd.register(mapping.start, mapping.bytes, RegisterMode::MISSING).unwrap();
     let mut regions: Vec<Region> = (0..REGIONS)
         .map(|at| {
             let size = (1 + mix(at) % 2) * PAGE;
@@ -620,7 +620,7 @@ fn who_does_not_announce_what_it_gives_back_is_mentioned() {
     let service = service(template(16, &[]));
     let mapping = Mapping::anonymous(16);
     let uffd = negotiated(Features::NONE);
-    uffd.register(mapping.start, mapping.bytes, RegisterMode::Missing).unwrap();
+    uffd.register(mapping.start, mapping.bytes, RegisterMode::MISSING).unwrap();
     let socket = service.connect();
     let region = Region { start: mapping.start, size: mapping.bytes, offset: 0 };
     send(&socket, &message(&[region], PAGE), &[uffd.as_fd()]);
@@ -871,7 +871,7 @@ fn pages_go_wherever_they_belong() {
     let (one, other) = (Mapping::anonymous(64), Mapping::anonymous(32));
     let uffd = negotiated(Features::EVENT_REMOVE);
     for memory in [&one, &other] {
-        uffd.register(memory.start, memory.bytes, RegisterMode::Missing).unwrap();
+        uffd.register(memory.start, memory.bytes, RegisterMode::MISSING).unwrap();
     }
     let regions = [
         Region { start: one.start, size: one.bytes, offset: 0 },
@@ -1013,7 +1013,7 @@ fn huge_memory(huge_pages: u64) -> Memory {
     };
     let mapping = Mapping { start: start.unwrap() as u64, bytes };
     let uffd = negotiated(Features::EVENT_REMOVE);
-    uffd.register(mapping.start, bytes, RegisterMode::Missing).unwrap();
+    uffd.register(mapping.start, bytes, RegisterMode::MISSING).unwrap();
     let regions = vec![Region { start: mapping.start, size: bytes, offset: 0 }];
     Memory { regions, uffd, page_size: HUGE, _mapping: mapping }
 }
@@ -1132,7 +1132,7 @@ fn memory_in_pages_of_another_size_than_it_says_is_refused() {
     let mapping = Mapping::anonymous(2048);
     let start = mapping.start.next_multiple_of(HUGE);
     let uffd = negotiated(Features::EVENT_REMOVE);
-    uffd.register(start, 2 * HUGE, RegisterMode::Missing).unwrap();
+    uffd.register(start, 2 * HUGE, RegisterMode::MISSING).unwrap();
     let regions = vec![Region { start, size: 2 * HUGE, offset: 0 }];
     let small = Memory { regions, uffd, page_size: HUGE, _mapping: mapping };
     for (memory, why) in [

@@ -178,7 +178,7 @@ fn publication_is_atomic_to_every_mapping() {
     let memory = Mapping::of(&template, template.whole());
     // Absent pages are an error, in kernel mode EFAULT: so one can look without waiting.
     let watcher = negotiated(Features::SIGBUS);
-    watcher.register(memory.start, memory.bytes, RegisterMode::Missing).unwrap();
+    watcher.register(memory.start, memory.bytes, RegisterMode::MISSING).unwrap();
     let over = AtomicBool::new(false);
     std::thread::scope(|scope| {
         for thread in 0..2 {

@@ -9,22 +9,35 @@
 //! | room | what |
 //! |---|---|
 //! | [`abi`] | numbers and structures, as the kernel lays them out |
-//! | [`Features`] | feature bits by name; unknown newer bits are kept, never an error |
-//! | [`Userfaultfd`] | the descriptor: handshake, register, resolve, read events |
-//! | [`Progress`] | what a resolve did: bytes done *and* the errno that stopped it |
+//! | [`FEATURES`] | the one table of what userfaultfd can do; unknown newer bits are kept, never an error |
+//! | [`Support`] | which of it this machine has, for this process |
+//! | [`Userfaultfd`] | the descriptor: open, handshake, register |
+//! | [`Progress`], [`How`] | resolving: copy, zeropage, continue, move, poison, protect, wake |
+//! | [`Event`] | what a userfaultfd tells |
+//! | [`Pagemap`] | what is true of a process's pages; finding those that were written |
 //! | [`passing`] | sending descriptors between processes |
 //!
 //! Kernel facts are cited as observed on Linux 6.18; where a manual page says otherwise, the
 //! observation is what the code follows.
 
 pub mod abi;
+mod bits;
 mod descriptor;
+mod event;
 mod features;
+mod pagemap;
 pub mod passing;
+mod resolve;
+mod support;
 
+pub use abi::PageRegion;
 pub use descriptor::{
-    handshake_needed, negotiated, open_device, Access, Event, Events, MessageBuffer, Opening,
-    Progress, RegisterMode, Userfaultfd, DEVICE,
+    handshake_needed, negotiated, open_device, Access, Opening, Operations, RegisterMode,
+    Userfaultfd, DEVICE,
 };
-pub use features::Features;
+pub use event::{Cause, Event, Events, MessageBuffer};
+pub use features::{Feature, Features, Probe, FEATURES};
+pub use pagemap::{Categories, Entry, Pagemap, Scan};
+pub use resolve::{How, Progress};
 pub use rustix::io::Errno;
+pub use support::{State, Support};

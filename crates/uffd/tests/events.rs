@@ -300,7 +300,7 @@ fn is_gone(child: &Userfaultfd, memory: &Mapping) {
     assert_stopped(child.zeropage(start, len), 0, Errno::SRCH);
     assert_stopped(child.continue_(start, len), 0, Errno::SRCH);
     assert_stopped(child.poison(start, len), 0, Errno::SRCH);
-    assert_errno(child.register(start, len, RegisterMode::Missing), Errno::NOMEM);
+    assert_errno(child.register(start, len, RegisterMode::MISSING), Errno::NOMEM);
     assert_errno(child.unregister(start, len), Errno::NOMEM);
     child.wake(start, len).unwrap();
     let mut buffer = MessageBuffer::new(4);

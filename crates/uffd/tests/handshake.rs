@@ -22,7 +22,7 @@ fn a_second_handshake_is_refused_even_after_an_empty_one() {
         assert_errno(uffd.handshake(Features::NONE), Errno::INVAL);
         // And it works as before.
         let memory = Mapping::anonymous(1);
-        uffd.register(memory.start, memory.bytes(), RegisterMode::Missing).unwrap();
+        uffd.register(memory.start, memory.bytes(), RegisterMode::MISSING).unwrap();
         assert_done(uffd.zeropage(memory.start, memory.bytes()), PAGE);
         drop(uffd);
     }
@@ -47,7 +47,7 @@ fn nothing_works_before_the_handshake() {
     let uffd = open();
     let memory = Mapping::anonymous(1);
     let (start, len) = (memory.start, memory.bytes());
-    assert_errno(uffd.register(start, len, RegisterMode::Missing), Errno::INVAL);
+    assert_errno(uffd.register(start, len, RegisterMode::MISSING), Errno::INVAL);
     assert_errno(uffd.unregister(start, len), Errno::INVAL);
     assert_errno(uffd.wake(start, len), Errno::INVAL);
     assert_stopped(uffd.copy(start, &page(1)), 0, Errno::INVAL);
@@ -73,7 +73,7 @@ fn an_empty_queue_gives_no_event_and_a_buffer_without_room_an_error() {
 fn what_cannot_be_registered() {
     let uffd = negotiated(Features::NONE);
     let memory = Mapping::anonymous(4);
-    let refused = |start, len| uffd.register(start, len, RegisterMode::Missing);
+    let refused = |start, len| uffd.register(start, len, RegisterMode::MISSING);
     assert_errno(refused(memory.start + 1, PAGE as u64), Errno::INVAL);
     assert_errno(refused(memory.start, 100), Errno::INVAL);
     assert_errno(refused(memory.start, 0), Errno::INVAL);
@@ -97,13 +97,13 @@ fn what_cannot_be_registered() {
 fn what_can_be_registered() {
     let uffd = negotiated(Features::NONE);
     let readable = Mapping::anonymous_with(1, ProtFlags::READ);
-    uffd.register(readable.start, PAGE as u64, RegisterMode::Missing).unwrap();
+    uffd.register(readable.start, PAGE as u64, RegisterMode::MISSING).unwrap();
     let file = memory_file(1);
     for flags in [MapFlags::PRIVATE, MapFlags::SHARED] {
         let memory = Mapping::of(&file, 1, ProtFlags::READ | ProtFlags::WRITE, flags);
-        uffd.register(memory.start, PAGE as u64, RegisterMode::Missing).unwrap();
+        uffd.register(memory.start, PAGE as u64, RegisterMode::MISSING).unwrap();
         // Again is no error.
-        uffd.register(memory.start, PAGE as u64, RegisterMode::Missing).unwrap();
+        uffd.register(memory.start, PAGE as u64, RegisterMode::MISSING).unwrap();
     }
 }
 
@@ -112,11 +112,11 @@ fn a_range_has_one_owner_until_it_is_unregistered() {
     let (first, second) = (negotiated(Features::NONE), negotiated(Features::NONE));
     let memory = Mapping::anonymous(2);
     let (start, len) = (memory.start, memory.bytes());
-    first.register(start, len, RegisterMode::Missing).unwrap();
-    assert_errno(second.register(start, len, RegisterMode::Missing), Errno::BUSY);
+    first.register(start, len, RegisterMode::MISSING).unwrap();
+    assert_errno(second.register(start, len, RegisterMode::MISSING), Errno::BUSY);
     first.unregister(start, len).unwrap();
     first.unregister(start, len).unwrap();
-    second.register(start, len, RegisterMode::Missing).unwrap();
+    second.register(start, len, RegisterMode::MISSING).unwrap();
     assert_errno(first.unregister(start + 1, len), Errno::INVAL);
     assert_errno(first.unregister(start, 0), Errno::INVAL);
 }

@@ -18,7 +18,7 @@ const ROLE: &str = "PAGEKIT_TEST_ROLE";
 /// Registers a page of this process and shows that a fault in kernel mode is delivered.
 fn catches_kernel_faults(uffd: &Userfaultfd) {
     let memory = Mapping::anonymous(1);
-    uffd.register(memory.start, memory.bytes(), RegisterMode::Missing).unwrap();
+    uffd.register(memory.start, memory.bytes(), RegisterMode::MISSING).unwrap();
     let address = memory.start;
     let thread = std::thread::spawn(move || touch_in_kernel(address).unwrap());
     match next_event(uffd) {
@@ -55,7 +55,7 @@ fn user_mode_only_delivers_no_faults_of_the_kernel() {
     let uffd = Userfaultfd::open(Opening::SystemCall(Access::UserModeOnly)).unwrap();
     uffd.handshake(Features::NONE).unwrap();
     let memory = Mapping::anonymous(2);
-    uffd.register(memory.start, memory.bytes(), RegisterMode::Missing).unwrap();
+    uffd.register(memory.start, memory.bytes(), RegisterMode::MISSING).unwrap();
     assert_errno(touch_in_kernel(memory.at(0)), Errno::FAULT);
     assert_eq!(waiters(&uffd), 0, "nobody waits, and there is nothing to read");
     let thread = toucher(memory.at(1));

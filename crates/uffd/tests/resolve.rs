@@ -142,7 +142,14 @@ fn a_source_that_cannot_be_read() {
     unsafe { mprotect(protected, PAGE, MprotectFlags::empty()) }.unwrap();
     let copy = |from: usize, bytes| -> Progress {
         // SAFETY: the kernel answers EFAULT for the part that cannot be read.
-        unsafe { target.uffd.copy_from(target.memory.start, source.at(from) as *const u8, bytes) }
+        unsafe {
+            target.uffd.copy_from(
+                target.memory.start,
+                source.at(from) as *const u8,
+                bytes,
+                uffd::How::NONE,
+            )
+        }
     };
     assert_stopped(copy(1, PAGE), 0, Errno::FAULT);
     assert_stopped(copy(0, 2 * PAGE), PAGE, Errno::AGAIN);
@@ -183,7 +190,7 @@ fn a_range_can_be_asked_for() {
 fn a_range_that_is_not_registered_or_ends_too_soon() {
     let memory = Mapping::anonymous(4);
     let uffd = negotiated(Features::NONE);
-    uffd.register(memory.at(1), 2 * PAGE as u64, RegisterMode::Missing).unwrap();
+    uffd.register(memory.at(1), 2 * PAGE as u64, RegisterMode::MISSING).unwrap();
     let len = PAGE as u64;
     let unmapped = Mapping::anonymous(1).start;
     for outside in [memory.at(0), memory.at(3), unmapped] {

@@ -24,7 +24,9 @@ impl Backend for Copy {
 
     fn fill(&self, uffd: &Userfaultfd, cache: &CacheFile, address: u64, run: Run) -> Progress {
         // SAFETY: the pages of `run` are present, so this is initialised memory of the template.
-        unsafe { uffd.copy_from(address, cache.address(run), run.bytes() as usize) }
+        unsafe {
+            uffd.copy_from(address, cache.address(run), run.bytes() as usize, uffd::How::NONE)
+        }
     }
 
     fn filled(&self) -> Resolution {

@@ -129,7 +129,7 @@ impl CacheFile {
             .map_err(|e| failed("protect from children", e))?;
         let publisher = delivery.open_publisher()?.map(|uffd| {
             uffd.handshake(Features::SIGBUS)?;
-            uffd.register(start.as_ptr() as u64, size, RegisterMode::Missing)?;
+            uffd.register(start.as_ptr() as u64, size, RegisterMode::MISSING)?;
             Ok::<_, std::io::Error>(uffd)
         });
         let publisher = publisher

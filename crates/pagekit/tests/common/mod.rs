@@ -181,7 +181,7 @@ impl Served {
             _ => Mapping::of(template, run),
         };
         let uffd = negotiated(features);
-        uffd.register(memory.start, memory.bytes, RegisterMode::Missing).unwrap();
+        uffd.register(memory.start, memory.bytes, RegisterMode::MISSING).unwrap();
         let new = NewTarget {
             uffd,
             process: None,

@@ -146,7 +146,7 @@ impl Registered {
 
     pub fn over(memory: Mapping, features: Features) -> Registered {
         let uffd = negotiated(features);
-        uffd.register(memory.start, memory.bytes(), RegisterMode::Missing).unwrap();
+        uffd.register(memory.start, memory.bytes(), RegisterMode::MISSING).unwrap();
         Registered { uffd, memory }
     }
 
