@@ -213,9 +213,9 @@ impl Userfaultfd {
     fn open(py: Python<'_>, device: Option<RawFd>, user_mode_only: bool) -> PyResult<Userfaultfd> {
         let access = if user_mode_only { Access::UserModeOnly } else { Access::Full };
         let opening = match device {
-            // SAFETY: -1 is no descriptor; of others the caller keeps it open, and for one that is
-            // none the kernel answers EBADF.
             Some(device) if device >= 0 => {
+                // SAFETY: -1 is no descriptor; of others the caller keeps it open, and for one that
+                // is none the kernel answers EBADF.
                 Opening::Device(unsafe { BorrowedFd::borrow_raw(device) })
             }
             Some(_) => return Err(io::Error::from(Errno::BADF).into()),

@@ -70,7 +70,7 @@ def support() -> Support:
     table = core().uffd_table()
     states, unknown = core().uffd_kernel()
     found: dict[str, State] = {row[0]: state for row, state in zip(table, states, strict=True)}
-    rows = (Feature(*row, found[row[0]], "") for row in table)
+    rows = (Feature(*fields) for fields in ((*row, found[row[0]], "") for row in table))
     return Support(
         tuple(dataclasses.replace(row, remedy=_remedy(row, found)) for row in rows),
         tuple(unknown),
