@@ -27,7 +27,7 @@ from pathlib import Path
 
 from ..errors import GuestMissing
 from . import packages
-from .initramfs import Initramfs, kernel_modules
+from .initramfs import Initramfs, kernel_image, kernel_modules
 from .packages import WORK, Apt, find, run, say
 
 KERNEL = "linux-image-cloud-amd64"
@@ -162,8 +162,7 @@ def _make(cache: Path) -> Guest:
             run(["dpkg-deb", "-x", str(archive), str(into)])
 
         say("packing the initramfs")
-        (vmlinuz,) = (kernel_root / "boot").glob("vmlinuz-*")
-        shutil.copyfile(vmlinuz, made / "vmlinuz")
+        shutil.copyfile(kernel_image(kernel_root), made / "vmlinuz")
         with (made / "initrd").open("wb") as output:
             _pack(Initramfs(output), root, kernel_root)
         sizes = {file.name: file.stat().st_size for file in made.iterdir()}

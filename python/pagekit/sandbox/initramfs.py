@@ -9,6 +9,7 @@ import stat
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
+from ..errors import GuestMissing
 from .packages import run
 
 
@@ -69,6 +70,22 @@ class Initramfs:
         header = b"070701" + b"".join(b"%08X" % field for field in fields)
         self._output.write(header + encoded + b"\0" * (-(len(header) + len(encoded)) % 4))
         self._output.write(content + b"\0" * (-len(content) % 4))
+
+
+def kernel_image(root: Path) -> Path:
+    """Return the file to boot, of a kernel whose packages were unpacked in ``root``.
+
+    Raises:
+        GuestMissing: there is none, or more than one.
+    """
+    found = [
+        file
+        for place in ("boot/vmlinuz-*", "usr/lib/modules/*/vmlinuz")
+        for file in root.glob(place)
+    ]
+    if len(found) != 1:
+        raise GuestMissing(f"the packages of the kernel have {len(found)} kernels, not one")
+    return found[0]
 
 
 def kernel_modules(root: Path, names: Iterable[str]) -> dict[str, bytes]:
