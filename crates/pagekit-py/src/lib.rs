@@ -61,7 +61,9 @@ fn use_this_interpreter(py: Python<'_>) -> PyResult<()> {
     // None, or empty, where Python is part of another program.
     let executable: Option<PathBuf> = sys.getattr("executable")?.extract()?;
     if let Some(executable) = executable.filter(|path| !path.as_os_str().is_empty()) {
-        let path = sys.getattr("path")?.extract()?;
+        // A path with strange entries is passed on without them: who needs none must not fail.
+        let entries: Vec<Bound<'_, PyAny>> = sys.getattr("path")?.extract()?;
+        let path = entries.iter().filter_map(|entry| entry.extract().ok()).collect();
         pagekit::stack::set_interpreter(executable, path);
     }
     Ok(())
