@@ -1,8 +1,8 @@
 """Callbacks: Python functions that make the pages of a ``python:`` source.
 
-A callback runs in a *helper*, a fresh interpreter that runs :func:`main`: a thread that touches a page
-may sleep with the GIL, so nothing that brings pages may ever need it. ``source/python.rs`` starts
-helpers and has the byte tables of what is said between us.
+A callback runs in a *helper*, a fresh interpreter that runs :func:`main`: a thread that touches a
+page may sleep with the GIL, so nothing that brings pages may ever need it. ``source/python.rs``
+starts helpers and has the byte tables of what is said between us.
 
 This module imports next to nothing: each helper pays for it before its first page.
 """
@@ -14,12 +14,16 @@ import os
 import struct
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from .errors import UsageError
 
 Callback = Callable[[int, int], Any]
 """Takes (offset, length), returns an object with a buffer, or None for zeros."""
+
+Body = list[bytes | memoryview]
+"""An answer's body, in parts."""
 
 READY, REFUSED, BYTES, ZEROS, FAILED = range(1, 6)
 PAIR = struct.Struct("<QQ")
@@ -32,21 +36,24 @@ def source_of(source: str | Callback, size: int | None) -> str:
     Raises:
         UsageError: a spec with a size, a callback without one, or one that :func:`spec_of` refuses.
     """
-    if isinstance(source, str) != (size is None):
-        raise UsageError(
-            "a function needs a size, and a spec has its own",
-            hint='give "file:memory", or a function and size=',
-        )
-    return source if isinstance(source, str) or size is None else spec_of(source, size)
+    if isinstance(source, str):
+        if size is None:
+            return source
+    elif size is not None:
+        return spec_of(source, size)
+    raise UsageError(
+        "a function needs a size, and a spec has its own",
+        hint='give "file:memory", or a function and size=',
+    )
 
 
 def spec_of(function: Callback, size: int, *, timeout: float | None = None) -> str:
     """The spec of the source whose pages ``function`` makes.
 
     Args:
-        function: takes (offset, length), multiples of 4096, and returns exactly that many bytes (any
-            object with a buffer) or None for zeros; the same ones whenever it is asked. A helper
-            process must be able to import it.
+        function: takes (offset, length), multiples of 4096, and returns exactly that many bytes
+            (any object with a buffer) or None for zeros; the same ones whenever it is asked. A
+            helper process must be able to import it.
         size: bytes, a multiple of 4096.
         timeout: seconds after which a call is given up; 30 if None.
 
@@ -91,10 +98,8 @@ def main() -> None:
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
     os.close(null)
-    try:
+    with suppress(BrokenPipeError, ConnectionResetError):  # nobody is interested any more
         serve(connection, name)
-    except (BrokenPipeError, ConnectionResetError):
-        pass  # nobody is interested any more
 
 
 def serve(connection: int, name: str) -> None:
@@ -136,7 +141,8 @@ def load(name: str) -> tuple[Callback, bytes]:
             raise LookupError(f"module {module_name} has no {path}")
         found = getattr(found, part)
     if not callable(found):
-        raise LookupError(f"{path} of module {module_name} is a {type(found).__name__}, no function")
+        kind = article(type(found).__name__)
+        raise LookupError(f"{path} of module {module_name} is {kind}, no function")
     try:
         loader: Any = module.__spec__.loader  # type: ignore[union-attr]
         content = bytes(loader.get_data(module.__file__))
@@ -145,15 +151,15 @@ def load(name: str) -> tuple[Callback, bytes]:
     return found, content
 
 
-def answer(result: object, length: int) -> tuple[int, list[bytes | memoryview]]:
+def answer(result: object, length: int) -> tuple[int, Body]:
     """What to send for what a callback returned."""
     if result is None:
         return ZEROS, []
     try:
         view = memoryview(result)  # type: ignore[arg-type]
     except (TypeError, ValueError):
-        kind = type(result).__name__
-        return FAILED, wrong(f"it returned {article(kind)}, where bytes or None belong")
+        kind = article(type(result).__name__)
+        return FAILED, wrong(f"it returned {kind}, where bytes or None belong")
     if view.nbytes != length:
         much = "few" if view.nbytes < length else "many"
         return FAILED, wrong(f"it returned too {much} bytes: {view.nbytes} instead of {length}")
@@ -164,16 +170,16 @@ def answer(result: object, length: int) -> tuple[int, list[bytes | memoryview]]:
 
 
 def article(noun: str) -> str:
-    return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
+    return f"an {noun}" if noun[0].lower() in "aeiou" else f"a {noun}"
 
 
-def wrong(summary: str) -> list[bytes]:
+def wrong(summary: str) -> Body:
     """The body of a failure that is no exception."""
     text = encoded(summary)
     return [PAIR.pack(len(text), 0), text]
 
 
-def failure(error: BaseException) -> list[bytes]:
+def failure(error: BaseException) -> Body:
     """The body of a failure: the exception in words, where it was raised, and itself."""
     import pickle
     import traceback
@@ -188,7 +194,9 @@ def failure(error: BaseException) -> list[bytes]:
     except BaseException:
         summary = encoded(f"it raised {article(type(error).__name__)} that cannot be printed")
     places = error.__traceback__
-    while places and places.tb_frame.f_globals.get("__name__", "").startswith((__name__, "importlib")):
+    while places and places.tb_frame.f_globals.get("__name__", "").startswith(
+        (__name__, "importlib")
+    ):
         places = places.tb_next  # ours are of no interest
     trace = encoded("".join(traceback.format_exception(type(error), error, places)))
     return [PAIR.pack(len(summary), len(trace)), summary, trace, pickled]
@@ -198,7 +206,7 @@ def encoded(text: str) -> bytes:
     return text.encode(errors="backslashreplace")
 
 
-def send(connection: int, kind: int, body: list[bytes | memoryview] | list[bytes]) -> None:
+def send(connection: int, kind: int, body: Body) -> None:
     parts = [PAIR.pack(kind, sum(len(part) for part in body)), *body]
     while parts:
         sent = os.writev(connection, parts)

@@ -30,8 +30,8 @@ class Template:
 
     A function is called with (offset, length), multiples of the page size, and returns exactly so
     many bytes (any object with a buffer), or None for zeros: the same ones whenever it is asked. It
-    runs in a helper process, a fresh interpreter that imports its module; never in this one, where a
-    thread that waits for a page may hold the GIL. One call is under way at a time.
+    runs in a helper process, a fresh interpreter that imports its module; never in this one, where
+    a thread that waits for a page may hold the GIL. One call is under way at a time.
 
     Raises:
         UsageError: a spec that means nothing, a file that is no memory image, or a function that a

@@ -2,6 +2,8 @@
 //!
 //! Every call that can wait gives up the GIL; the engine's threads never take it.
 
+mod uffd;
+
 use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
@@ -376,5 +378,6 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<Recording>()?;
     module.add_class::<Replay>()?;
     module.add_function(wrap_pyfunction!(probe, module)?)?;
+    uffd::add_to(module)?;
     Ok(())
 }
