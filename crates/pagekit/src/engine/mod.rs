@@ -18,6 +18,7 @@ mod fill;
 mod huge;
 mod locality;
 mod outcome;
+mod placement;
 pub mod region;
 mod target;
 mod workers;
@@ -39,6 +40,7 @@ use crate::page::Run;
 use crate::template::Fetch;
 pub use ahead::Ahead;
 pub use outcome::{Histogram, Outcome, Outcomes};
+use placement::Placement;
 pub(crate) use target::kill;
 use target::Fault;
 pub use target::{NewTarget, Target, TargetId};
@@ -57,6 +59,8 @@ pub struct Statistics {
     pub targets_ever: u64,
     /// Pages put into targets ahead of demand.
     pub ahead_pages: u64,
+    /// How often the loop's thread went to stay on the processor of a target that faults all the time.
+    pub stays: u64,
     /// The last things that went wrong, oldest first.
     pub reports: Vec<String>,
 }
@@ -105,6 +109,7 @@ pub(crate) struct Shared {
     outcomes: Arc<Outcomes>,
     reports: Mutex<Vec<String>>,
     workers: Workers,
+    placement: Arc<Placement>,
     stopped: AtomicBool,
 }
 
@@ -173,6 +178,7 @@ impl Engine {
                 outcomes: Arc::default(),
                 reports: Mutex::default(),
                 workers: Workers::start()?,
+                placement: Arc::default(),
                 stopped: AtomicBool::new(false),
             })
         };
@@ -301,6 +307,7 @@ impl Engine {
             targets,
             targets_ever: self.shared.ever.load(Relaxed),
             ahead_pages: self.shared.ahead.load(Relaxed),
+            stays: self.shared.placement.stays(),
             reports: self.shared.reports.lock().unwrap_or_else(PoisonError::into_inner).clone(),
         }
     }
@@ -315,6 +322,7 @@ impl Engine {
             // The loop reports its own panics; there is nothing left to learn from it.
             let _ = thread.join();
         }
+        self.shared.placement.stop();
         self.shared.workers.stop();
         self.shared.targets().clear();
         self.shared.fewer_targets.notify_all();
@@ -378,7 +386,7 @@ impl Shared {
     }
 
     fn count(&self, outcome: Outcome, fault: &Fault) {
-        let time = fault.born.elapsed();
+        let time = fault.age.unwrap_or_else(|| fault.born.elapsed());
         self.outcomes.count(outcome, time);
         // What was done for one of them woke the others.
         (0..fault.joined).for_each(|_| self.outcomes.count(Outcome::Woken, time));

@@ -87,6 +87,9 @@ pub(super) struct Fault {
     failure: Option<Arc<Error>>,
     /// The window chosen for it, once chosen.
     window: Option<Window>,
+    /// How old it was when it was last tried, if nothing can be known after that: the thread that is
+    /// served goes on before us.
+    pub(super) age: Option<Duration>,
 }
 
 impl Fault {
@@ -205,6 +208,7 @@ impl Target {
             due: now,
             failure: None,
             window: None,
+            age: None,
         }
     }
 
@@ -252,6 +256,7 @@ impl Target {
     /// Serves one fault as far as that is possible without waiting. Called by the event loop, and
     /// again by whoever ends a fetch. Re-entrant: it decides everything anew.
     pub(super) fn serve(self: &Arc<Self>, shared: &Arc<Shared>, mut fault: Fault) {
+        fault.age = shared.placement.stays_somewhere().then(|| fault.born.elapsed());
         if let Some(error) = fault.failure.clone() {
             return self.give_up(shared, fault, error);
         }
