@@ -69,10 +69,9 @@ fn writes_wait_for_nobody_and_are_found_afterwards() {
     });
 }
 
-/// Where there is not even a page table, nothing was written, and nothing need be protected for what is
-/// written later to be found.
+/// Where there is not even a page table a scan protects too: whatever it says of it, it says it once.
 #[test]
-fn memory_that_was_never_touched_is_not_written() {
+fn memory_that_was_never_touched_is_tracked_by_a_first_scan() {
     if !ready() {
         return;
     }
@@ -80,11 +79,10 @@ fn memory_that_was_never_touched_is_not_written() {
     memory.advise(Advice::LinuxNoHugepage);
     let target = tracked(memory);
     let memory = &target.memory;
+    written(memory, true);
     assert_eq!(written(memory, true), []);
     write(memory.at(600), 1);
-    assert_eq!(written(memory, true), (512..1024).collect::<Vec<_>>(), "as far as its page table goes");
-    write(memory.at(601), 1);
-    assert_eq!(written(memory, true), [601]);
+    assert_eq!(written(memory, true), [600]);
     target.assert_silent();
 }
 
