@@ -44,8 +44,8 @@ bits! {
     /// | memory | MISSING | WP | MINOR |
     /// |---|---|---|---|
     /// | anonymous | 4.3 | 5.7 | |
-    /// | shmem, memfd, tmpfs; shared or private | 4.11 | 5.19 | 5.14, shared only |
-    /// | hugetlbfs; shared or private | 4.11 | 5.19 | 5.13, shared only |
+    /// | shmem, memfd, tmpfs; shared or private | 4.11 | 5.19 | 5.14 |
+    /// | hugetlbfs; shared or private | 4.11 | 5.19 | 5.13 |
     /// | any other, with WP_ASYNC alone | | 6.7 | |
     RegisterMode {
         /// Pages that are not there.

@@ -1,21 +1,20 @@
-//! MINOR_SHMEM: faults on pages of memfd and tmpfs that are in the page cache and not mapped.
+//! MINOR_SHMEM: faults on pages of memfd and tmpfs that are in the page cache and not mapped, in
+//! shared mappings and in private ones.
 
 mod common;
 
 use common::*;
 
-const SHARED: &[Kind] = &[Kind::Shmem, Kind::Tmpfs];
-
 #[test]
 fn cached_pages_are_mapped_when_they_are_asked_for() {
     if need("MINOR_SHMEM") {
-        on_each(SHARED, 5, |_, memory| scenario::minor(memory, false));
+        on_each(Kind::SHMEM, 5, |kind, memory| scenario::minor(kind, memory, false));
     }
 }
 
 #[test]
 fn missing_until_the_cache_has_it_and_minor_from_then_on() {
     if need("MINOR_SHMEM") {
-        on_each(SHARED, 2, |_, memory| scenario::missing_and_minor(memory));
+        on_each(Kind::SHMEM, 2, scenario::missing_and_minor);
     }
 }
