@@ -107,7 +107,8 @@ impl Userfaultfd {
         self.fill(abi::UFFDIO_ZEROPAGE, start, len, how.mode(&[(How::DONT_WAKE, 1)]))
     }
 
-    /// Maps pages that are in the page cache of a shared mapping already, and wakes.
+    /// Maps pages that the page cache of the mapped file has already, and wakes. Registration with MINOR is
+    /// not asked for, any will do. Not on anonymous memory (EINVAL).
     pub fn continue_(&self, start: u64, len: u64) -> Progress {
         self.continue_with(start, len, How::NONE)
     }

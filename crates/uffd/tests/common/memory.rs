@@ -1,8 +1,9 @@
 //! Memory of every kind that userfaultfd knows, and ways to touch it.
 
-use std::cell::RefCell;
+
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::sync::Mutex;
 use std::thread::JoinHandle;
 
 use rustix::fs::{ftruncate, memfd_create, open, statfs, MemfdFlags, Mode, OFlags};
@@ -100,13 +101,13 @@ pub struct Mapping {
     /// What it maps, if anything.
     pub file: Option<OwnedFd>,
     /// What was unmapped of it: start and end.
-    holes: RefCell<Vec<(u64, u64)>>,
+    holes: Mutex<Vec<(u64, u64)>>,
     pool: Option<Pool>,
 }
 
 impl Mapping {
     fn at_address(start: *mut std::ffi::c_void, len: usize, page: usize) -> Mapping {
-        Mapping { start: start as u64, len, page, file: None, holes: RefCell::default(), pool: None }
+        Mapping { start: start as u64, len, page, file: None, holes: Mutex::default(), pool: None }
     }
 
     /// Pages that are mapped at an address already.
@@ -245,7 +246,7 @@ impl Mapping {
 
     /// These pages are not this mapping's any more: others' memory may be there.
     pub fn gone(&self, from: usize, pages: usize) {
-        self.holes.borrow_mut().push((self.at(from), self.at(from + pages)));
+        self.holes.lock().unwrap().push((self.at(from), self.at(from + pages)));
     }
 
     #[track_caller]
@@ -258,7 +259,7 @@ impl Mapping {
 impl Drop for Mapping {
     fn drop(&mut self) {
         let end = self.start + self.bytes();
-        let mut holes = std::mem::take(self.holes.get_mut());
+        let mut holes = std::mem::take(self.holes.get_mut().unwrap());
         holes.sort_unstable();
         holes.push((end, end));
         let mut from = self.start;
