@@ -127,8 +127,7 @@ struct Space {
 fn serve(target: &Registered, protect: bool, stop: &AtomicBool) -> usize {
     let memory = &target.memory;
     let start = memory.start;
-    let mut spaces =
-        vec![Space { uffd: target.uffd.try_clone().unwrap(), start, empty: false }];
+    let mut spaces = vec![Space { uffd: target.uffd.try_clone().unwrap(), start, empty: false }];
     let mut buffer = MessageBuffer::new(16);
     let mut later: Vec<(usize, u64, u64)> = Vec::new();
     let mut missing = 0;
@@ -259,7 +258,11 @@ fn a_child_that_touches_moves_and_gives_back() {
 #[test]
 fn and_writes_to_protected_pages() {
     let _alone = alone();
-    if need("EVENT_FORK") && need("EVENT_REMAP") && need("EVENT_REMOVE") && need("WP_HUGETLBFS_SHMEM") {
+    if need("EVENT_FORK")
+        && need("EVENT_REMAP")
+        && need("EVENT_REMOVE")
+        && need("WP_HUGETLBFS_SHMEM")
+    {
         touches_moves_and_gives_back(true);
     }
 }

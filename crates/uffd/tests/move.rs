@@ -64,7 +64,11 @@ fn what_is_there_already_and_what_is_not_there() {
     assert_done(uffd.copy(memory.at(2), &page(9)), PAGE);
     let moved = uffd.move_pages(memory.at(2), source.at(2), PAGE as u64);
     assert_stopped(moved, 0, Errno::EXIST);
-    assert_stopped(uffd.move_pages(memory.at(0), source.at(0), 4 * PAGE as u64), 2 * PAGE, Errno::AGAIN);
+    assert_stopped(
+        uffd.move_pages(memory.at(0), source.at(0), 4 * PAGE as u64),
+        2 * PAGE,
+        Errno::AGAIN,
+    );
     assert_eq!([0, 1, 2].map(|at| memory.touch(at)), [1, 2, 9]);
     assert_eq!([2, 3].map(|at| source.touch(at)), [3, 4], "what was not moved is where it was");
 
@@ -128,7 +132,10 @@ fn is_huge(memory: &Mapping) -> bool {
     let found = Pagemap::of_self().unwrap().scan(memory.start, end, &scan).unwrap();
     let all = found.iter().map(|region| region.end - region.start).sum::<u64>() == memory.bytes();
     if !all {
-        skip("transparent huge pages", "the kernel gave none; see /sys/kernel/mm/transparent_hugepage");
+        skip(
+            "transparent huge pages",
+            "the kernel gave none; see /sys/kernel/mm/transparent_hugepage",
+        );
     }
     all
 }

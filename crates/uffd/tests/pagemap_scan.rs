@@ -4,9 +4,7 @@ mod common;
 
 use common::*;
 use rustix::mm::{Advice, MapFlags};
-use uffd::{
-    Categories, Errno, Features, PageRegion, Pagemap, RegisterMode, Scan,
-};
+use uffd::{Categories, Errno, Features, PageRegion, Pagemap, RegisterMode, Scan};
 
 fn scan(memory: &Mapping, from: usize, to: usize, scan: &Scan) -> Vec<PageRegion> {
     Pagemap::of_self().unwrap().scan(memory.at(from), memory.at(to), scan).unwrap()
@@ -112,9 +110,11 @@ fn all_of_any_of_and_none_of() {
         let reported = Categories::SWAPPED;
         let asked = Scan { all_of, any_of, inverted, reported, ..Scan::default() };
         let mut found = scan(memory, 0, 4, &asked);
-        found.dedup_by(|next, last| last.end == next.start && {
-            last.end = next.end;
-            true
+        found.dedup_by(|next, last| {
+            last.end == next.start && {
+                last.end = next.end;
+                true
+            }
         });
         assert_eq!(numbers(memory, &found), expected, "{asked:?}");
     }
@@ -136,7 +136,8 @@ fn what_is_found_is_protected_in_the_same_pass() {
         assert_eq!(numbers(memory, &scan(memory, 2, 5, &protect)), [(2, 3), (4, 5)]);
         assert_eq!(numbers(memory, &scan(memory, 0, 6, &WRITTEN)), [(0, 1), (5, 6)]);
         // So many at most, counted in pages of 4096 bytes.
-        let (small, at_most) = ((memory.page / PAGE) as u64, |most_pages| Scan { most_pages, ..protect });
+        let (small, at_most) =
+            ((memory.page / PAGE) as u64, |most_pages| Scan { most_pages, ..protect });
         assert_eq!(numbers(memory, &scan(memory, 0, 6, &at_most(small))), [(0, 1)]);
         assert_eq!(numbers(memory, &scan(memory, 0, 6, &at_most(2 * small))), [(5, 6)]);
         assert_eq!(scan(memory, 0, 6, &WRITTEN), []);
@@ -253,7 +254,10 @@ fn another_processs_pages_and_those_of_one_that_is_gone() {
     until("the child has written", || of_child().unwrap().len() == 2);
     assert_eq!(numbers(&memory, &of_child().unwrap()), [(0, 1), (2, 3)]);
     let entries = pagemap.entries(memory.start, 3).unwrap();
-    assert_eq!(entries.iter().map(|entry| entry.present()).collect::<Vec<_>>(), [true, false, true]);
+    assert_eq!(
+        entries.iter().map(|entry| entry.present()).collect::<Vec<_>>(),
+        [true, false, true]
+    );
     assert!(!entries[0].exclusive() && entries[2].exclusive());
     assert_eq!(child.end(), Ok(0));
     assert!(pagemap.entries(memory.start, 3).unwrap().is_empty());

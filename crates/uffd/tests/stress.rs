@@ -123,7 +123,8 @@ fn bounce(kind: Kind, pages: usize, protect: bool) {
         assert_eq!(waiters(&uffd), 0);
         drop(uffd);
         for (at, expected) in expected.iter().enumerate() {
-            let (found, expected) = (counter(to, at).load(Ordering::Acquire), expected.load(Ordering::Acquire));
+            let (found, expected) =
+                (counter(to, at).load(Ordering::Acquire), expected.load(Ordering::Acquire));
             assert_eq!(found, expected, "page {at} of round {round}");
         }
         // The other side is empty when it is bounced back: a page that the file had would not be missing.
@@ -160,7 +161,10 @@ fn many_threads_wait_for_one_page() {
         let target = Registered::over(memory, Features::NONE);
         let threads: Vec<_> = (0..16).map(|_| toucher(target.memory.start)).collect();
         until("all wait", || waiters(&target.uffd) == 16);
-        assert_done(target.uffd.copy(target.memory.start, &target.memory.filled(3)), target.memory.page);
+        assert_done(
+            target.uffd.copy(target.memory.start, &target.memory.filled(3)),
+            target.memory.page,
+        );
         assert_eq!(waiters(&target.uffd), 0);
         threads.into_iter().for_each(|thread| assert_eq!(thread.join().unwrap(), 3));
         target.assert_silent();
@@ -177,7 +181,9 @@ fn closing_under_load() {
         let threads: Vec<_> = (0..4)
             .map(|lane| {
                 std::thread::spawn(move || {
-                    (0..PAGES).map(|at| touch(start + ((at + lane * 16) % PAGES * PAGE) as u64)).all(|value| value <= 1)
+                    (0..PAGES)
+                        .map(|at| touch(start + ((at + lane * 16) % PAGES * PAGE) as u64))
+                        .all(|value| value <= 1)
                 })
             })
             .collect();

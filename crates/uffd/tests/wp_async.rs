@@ -111,7 +111,9 @@ fn a_mapping_of_any_file_is_tracked_and_needs_this_feature() {
     target.assert_silent();
     // Nothing but this: no other mode.
     let other = map();
-    for mode in [RegisterMode::MISSING, RegisterMode::MINOR, RegisterMode::MISSING | RegisterMode::WP] {
+    for mode in
+        [RegisterMode::MISSING, RegisterMode::MINOR, RegisterMode::MISSING | RegisterMode::WP]
+    {
         assert_errno(uffd.register(other.start, other.bytes(), mode), Errno::INVAL);
     }
     // A mapping that is only read is tracked as well: it may become writable.

@@ -1,6 +1,5 @@
 //! Memory of every kind that userfaultfd knows, and ways to touch it.
 
-
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::Mutex;
@@ -177,6 +176,16 @@ impl Mapping {
         room
     }
 
+    /// A shared mapping of a file in place of other memory.
+    pub fn over(place: Mapping, file: OwnedFd) -> Mapping {
+        let flags = MapFlags::SHARED | MapFlags::FIXED;
+        // SAFETY: over memory that this value owns alone.
+        unsafe { mmap(place.start as *mut _, place.len, READ_WRITE, flags, &file, 0).unwrap() };
+        let mut mapping = place;
+        mapping.file = Some(file);
+        mapping
+    }
+
     /// Another mapping of the same pages, of a file.
     pub fn again(&self) -> Mapping {
         let file = self.file.as_ref().expect("a mapping of a file");
@@ -273,6 +282,16 @@ impl Drop for Mapping {
     }
 }
 
+/// Has small pages gathered into huge ones (6.1), if the kernel will.
+pub fn collapse(memory: &Mapping) -> io::Result<()> {
+    const COLLAPSE: i32 = 25;
+    // SAFETY: changes nothing that a program could see.
+    match unsafe { libc::madvise(memory.start as *mut _, memory.len, COLLAPSE) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
 /// A memfd of so many pages.
 pub fn memory_file(pages: usize) -> OwnedFd {
     let file = memfd_create("test", MemfdFlags::CLOEXEC).unwrap();
@@ -282,9 +301,9 @@ pub fn memory_file(pages: usize) -> OwnedFd {
 
 /// A file without a name in a tmpfs that is mounted somewhere.
 fn tmpfs_file(pages: usize) -> Option<OwnedFd> {
-    const TMPFS: i64 = 0x0102_1994;
+    const TMPFS: libc::c_long = 0x0102_1994;
     for place in ["/dev/shm", "/run", "/tmp"] {
-        if statfs(place).is_ok_and(|found| found.f_type as i64 == TMPFS) {
+        if statfs(place).is_ok_and(|found| found.f_type == TMPFS) {
             let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
             if let Ok(file) = open(place, flags, Mode::RUSR | Mode::WUSR) {
                 ftruncate(&file, (pages * PAGE) as u64).unwrap();
