@@ -425,7 +425,7 @@ class Client:
 
 @contextmanager
 def sysctl(name: str, value: str) -> Iterator[None]:
-    """A kernel knob, turned for a while. It is locked meanwhile: there is one for all tests that run on
+    """A kernel knob, turned for a while, and locked: there is one for all tests that run on
     this machine, the Rust tests' too."""
     need_root()
     path = Path("/proc/sys") / name.replace(".", "/")
