@@ -44,7 +44,8 @@ MAY_USE = {
         *("page", "page_set", "error", "thread", "wire", "delivery", "door"),
         *("template", "backend", "engine"),
     },
-    "server": {"page", "error", "delivery", "door", "template", "engine", "client"},
+    "relay": {"page", "error", "thread", "wire", "door", "engine"},
+    "server": {"page", "error", "delivery", "door", "template", "engine", "client", "relay"},
 }
 FAMILIES = ["source", "layer", "backend", "client"]
 
@@ -143,7 +144,7 @@ def test_what_other_crates_use_of_the_engine() -> None:
     assert used_of_the_engine("pagekit-shim") <= {"page", "wire", "thread"}
     # Registration and conversion: nothing that could decide anything.
     known = {"delivery", "error", "server", "template", "working_set"}
-    assert used_of_the_engine("pagekit-py") <= known | {"page"}
+    assert used_of_the_engine("pagekit-py") <= known | {"page", "relay", "wire"}
     assert used_of_the_engine("pagekitd") <= known | {"stack"}
 
 
@@ -195,7 +196,7 @@ def test_who_may_import_the_core() -> None:
         name = path.relative_to(PYTHON).as_posix()
         used = set(imports(path))
         if name != "_native.py":
-            allowed = name in ("template.py", "server.py", "working_set.py")
+            allowed = name in ("template.py", "server.py", "working_set.py", "relay.py")
             direct = {module for module in used if re.match(r"pagekit\._core\b", module)}
             assert not direct, f"{name} imports {direct}"
             if not allowed and name != "doctor.py":

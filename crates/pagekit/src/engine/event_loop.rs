@@ -25,8 +25,9 @@ use std::time::{Duration, Instant};
 use rustix::event::epoll::{self, Event as EpollEvent};
 use rustix::event::Timespec;
 use rustix::io::Errno;
-use uffd::{Event, MessageBuffer};
+use uffd::{Cause, Event, MessageBuffer};
 
+use super::deputy::Happening;
 use super::region::RegionMap;
 use super::target::{NewTarget, Target};
 use super::{after, Shared, TargetId, Token};
@@ -127,7 +128,7 @@ impl Loop<'_> {
 
     /// Reads everything pending, applies events, then serves faults. Says whether there were any.
     fn drain(&mut self, target: &Arc<Target>) -> bool {
-        let mut faults: Vec<u64> = Vec::new();
+        let mut faults: Vec<(u64, bool)> = Vec::new();
         let mut children = Vec::new();
         let mut events = false;
         let mut starved = None;
@@ -150,18 +151,29 @@ impl Loop<'_> {
                     for event in messages {
                         read += 1;
                         match event {
-                            Event::Fault { address, .. } => {
-                                faults.push(address);
+                            Event::Fault { address, flags, .. } => {
+                                faults.push((address, Cause::of(flags) == Cause::WriteProtected));
                                 continue;
                             }
                             Event::Remove { start, end } => {
                                 regions.remove(start, end);
                                 target.huge_given_back(start, end);
+                                target.tell(self.shared, Happening::Remove(start, end));
                             }
-                            Event::Unmap { start, end } => regions.unmap(start, end),
-                            Event::Remap { from, to, len } => regions.remap(from, to, len),
+                            Event::Unmap { start, end } => {
+                                regions.unmap(start, end);
+                                target.tell(self.shared, Happening::Unmap(start, end));
+                            }
+                            Event::Remap { from, to, len } => {
+                                regions.remap(from, to, len);
+                                target.tell(self.shared, Happening::Remap(from, to, len));
+                            }
                             // The child has what the parent has at this moment.
-                            Event::Fork(uffd) => children.push((uffd, regions.clone())),
+                            Event::Fork(uffd) => {
+                                let child = self.shared.number();
+                                target.tell(self.shared, Happening::Fork(child));
+                                children.push((child, uffd, regions.clone()));
+                            }
                             Event::Unknown(code) => {
                                 self.shared.report(&format!("unknown userfaultfd event {code:#x}"));
                             }
@@ -176,12 +188,12 @@ impl Loop<'_> {
         }
         drop(regions);
         let now = Instant::now();
-        for (uffd, regions) in children {
-            self.adopt(target, uffd, regions);
+        for (child, uffd, regions) in children {
+            self.adopt(target, child, uffd, regions);
         }
         let any = !faults.is_empty();
-        for address in faults {
-            let fault = target.fault(address, now);
+        for (address, protected) in faults {
+            let fault = target.fault(address, protected, now);
             match target.beacon == Some(fault.address) {
                 // A child asks who it is: no fault of the template's memory.
                 true => target.answer_beacon(self.shared, fault),
@@ -210,7 +222,13 @@ impl Loop<'_> {
         any
     }
 
-    fn adopt(&self, parent: &Arc<Target>, uffd: uffd::Userfaultfd, regions: RegionMap) {
+    fn adopt(
+        &self,
+        parent: &Arc<Target>,
+        id: TargetId,
+        uffd: uffd::Userfaultfd,
+        regions: RegionMap,
+    ) {
         // Kept until it is known that the child is served: without a holder it would read zeros.
         let (spare, ranges) = (uffd.try_clone(), regions.clone());
         let child = NewTarget {
@@ -223,7 +241,7 @@ impl Loop<'_> {
             page_size: parent.page_size,
             connection: None,
         };
-        let Err(error) = self.shared.add(Some(parent.id), child) else { return };
+        let Err(error) = self.shared.add(id, Some(parent.id), child) else { return };
         let message = format!(
             "a child of target {} cannot be served: {error}; its missing pages are poisoned",
             parent.id
