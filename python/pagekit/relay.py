@@ -1,5 +1,5 @@
-"""Second handlers: a program that answers for a part of the memory that a server serves, and hears of
-everything that happens to it."""
+"""Second handlers: a program that answers for a part of the memory that a server serves, and hears
+of everything that happens to it."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Region:
     Attributes:
         start: the first address.
         length: bytes.
-        offset: where in the template its bytes begin; None where the target gave its memory back, and
-            reads zeros.
+        offset: where in the template its bytes begin; None where the target gave its memory back,
+            and reads zeros.
     """
 
     start: int
@@ -42,8 +42,8 @@ class Joined:
         pid: its process, where known.
         page_size: bytes of its pages: 4096, or 2 MiB.
         features: what its userfaultfd was negotiated with, by name: which events it announces.
-        claims: whether what is claimed counts there. It does not where the target maps the template's
-            file itself (``share``).
+        claims: whether what is claimed counts there. It does not where the target maps the
+            template's file itself (``share``).
         regions: where its memory stood at this moment.
     """
 
@@ -107,8 +107,8 @@ class Fault:
         target: whose it is.
         address: where, rounded down to the target's page size.
         offset: which bytes of the template belong there.
-        why: ``claimed``, ``declined`` (the template's source failed), or ``protected``: a write to a
-            page that you write-protected by :meth:`Relay.userfaultfd`.
+        why: ``claimed``, ``declined`` (the template's source failed), or ``protected``: a write to
+            a page that you write-protected by :meth:`Relay.userfaultfd`.
         page_size: bytes of the page.
     """
 
@@ -141,13 +141,13 @@ class Fault:
         self._answer("zero")
 
     def poison(self) -> None:
-        """Nobody has it: touching it raises SIGBUS, or, where the kernel cannot do that, the target is
-        killed. Raises as :meth:`fill`."""
+        """Nobody has it: touching it raises SIGBUS, or, where the kernel cannot do that, the target
+        is killed. Raises as :meth:`fill`."""
         self._answer("poison")
 
     def decline(self) -> None:
-        """As without this handler: the template's page; or, where that has failed, the failure; or the
-        protection is taken back.
+        """As without this handler: the template's page; or, where that has failed, the failure; or
+        the protection is taken back.
 
         Raises:
             RelayError: the relay is over.
@@ -179,36 +179,37 @@ _SIMPLE: dict[str, type[Fork | Remap | Remove | Unmap | Left]] = {
 
 
 class Relay:
-    """Connects to ``pagekit serve --relay SOCKET`` as a second handler, and iterates over what happens::
+    """Connects to ``pagekit serve --relay SOCKET`` as a second handler; iterates over events::
 
         with pagekit.Relay("/run/pk-relay.sock", claim=[(0, 1 << 20)]) as relay:
             for event in relay:
                 if isinstance(event, pagekit.relay.Fault):
                     event.fill(content_of(event.offset))
 
-    What is claimed is yours: faults there come to you, and no target that connects from now on gets the
-    template's bytes there. (Pages that a target has already stay as they are.) Each target's faults and
+    What is claimed is yours: faults there come to you, and from now on no target gets bytes of the
+    template there. (Pages that a target has already stay as they are.) Each target's faults and
     events come in the order in which the server read them. Iteration ends when the server does, or
     with :meth:`close`.
 
     Every fault must be answered within :attr:`deadline`. Who does not, or does not read on (65 536
-    messages), or answers a fault twice, is cut off. When this process ends, in any way, faults that it
-    has not answered wait so long for another one that claims the same; then they fail, loudly. Pages
-    that it got because the template had failed do at once.
+    messages), or answers a fault twice, is cut off. When this process ends, in any way, or closes
+    its relay, faults that it has not answered wait so long for another one that claims the same;
+    then they fail, loudly, and so do those that come later: the claim stays. Pages that it got
+    because the template had failed do at once.
 
     Waiting gives up the GIL, and so does answering. Any thread may answer; one at a time iterates.
     Objects of this class are not to be used after a fork of this process.
 
     Args:
         path: the relay's socket.
-        claim: ranges of the template, as (start, stop) in bytes: multiples of 4096, and (for targets
-            with pages of 2 MiB) rounded outwards to whole pages.
+        claim: ranges of the template, as (start, stop) in bytes: multiples of 4096, and (for
+            targets with pages of 2 MiB) rounded outwards to whole pages.
         declined: also take the faults whose pages the template's source failed to give.
         pid: only those of this process and of what it forks; of all targets if None.
 
     Raises:
         UsageError: no such range.
-        RelayError: nobody listens there, or one may not connect, or somebody has claimed that already.
+        RelayError: nobody listens there, or one may not connect, or somebody has claimed that.
     """
 
     def __init__(
