@@ -3,6 +3,7 @@
 //! Every call that can wait gives up the GIL; the engine's threads never take it.
 
 mod relay;
+mod uffd;
 
 use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
@@ -31,6 +32,8 @@ fn raised(py: Python<'_>, error: &Error) -> PyErr {
         Error::Kernel { .. } => "KernelError",
         Error::Missing { .. } => "Missing",
         Error::Unavailable { .. } => "Unavailable",
+        Error::Callback { .. } => "CallbackError",
+        Error::Timeout { .. } => "SourceTimeout",
         Error::Integrity { .. } => "IntegrityError",
         Error::AddressInUse { .. } => "AddressInUse",
     };
@@ -38,9 +41,31 @@ fn raised(py: Python<'_>, error: &Error) -> PyErr {
         let class = py.import("pagekit.errors")?.getattr(class)?;
         let arguments = pyo3::types::PyDict::new(py);
         arguments.set_item("hint", error.hint())?;
-        Ok(PyErr::from_value(class.call((error.to_string(),), Some(&arguments))?))
+        let mut cause = None;
+        if let Error::Callback { message, traceback, pickled } = error {
+            arguments.set_item("traceback", traceback)?;
+            if !traceback.is_empty() {
+                let original = py.import("pagekit.callback")?.getattr("original")?;
+                cause = Some(original.call1((PyBytes::new(py, pickled), message))?);
+            }
+        }
+        let raised = PyErr::from_value(class.call((error.to_string(),), Some(&arguments))?);
+        raised.set_cause(py, cause.map(PyErr::from_value));
+        Ok(raised)
     };
     build().unwrap_or_else(|failure| failure)
+}
+
+/// Callbacks run in the Python that we run in, and find the modules that can be found here.
+fn use_this_interpreter(py: Python<'_>) -> PyResult<()> {
+    let sys = py.import("sys")?;
+    // None, or empty, where Python is part of another program.
+    let executable: Option<PathBuf> = sys.getattr("executable")?.extract()?;
+    if let Some(executable) = executable.filter(|path| !path.as_os_str().is_empty()) {
+        let path = sys.getattr("path")?.extract()?;
+        pagekit::stack::set_interpreter(executable, path);
+    }
+    Ok(())
 }
 
 fn closed() -> PyErr {
@@ -63,6 +88,7 @@ impl Template {
     fn new(py: Python<'_>, spec: &str, layers: Vec<String>, deadline: f64) -> PyResult<Template> {
         let deadline = Duration::try_from_secs_f64(deadline)
             .map_err(|error| PyValueError::new_err(format!("deadline: {error}")))?;
+        use_this_interpreter(py)?;
         let opened = py.detach(|| template::Template::open(spec, &layers, &delivery(), deadline));
         let template = opened.map_err(|error| raised(py, &error))?;
         Ok(Template(std::sync::Mutex::new(Some(template))))
@@ -356,5 +382,6 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<Replay>()?;
     module.add_class::<relay::Relay>()?;
     module.add_function(wrap_pyfunction!(probe, module)?)?;
+    uffd::add_to(module)?;
     Ok(())
 }

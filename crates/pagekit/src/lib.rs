@@ -3,7 +3,7 @@
 //! | room | what | may know |
 //! |---|---|---|
 //! | [`page`], [`page_set`], [`error`], [`thread`] | pages, runs, sets of pages, errors, threads | nothing of ours |
-//! | [`source`], [`layer`] | where bytes come from; what wraps them | page, error |
+//! | [`source`], [`layer`] | where bytes come from; what wraps them | page, error, thread |
 //! | [`stack`] | spec strings into stacks; names every source and layer | source, layer |
 //! | [`working_set`] | pages demanded before "ready": recording, union, file | page, source |
 //! | [`delivery`] | what userfaultfd can do for this process | `uffd` |

@@ -16,7 +16,9 @@ Serve a template's memory, page by page, to VMMs and other programs.
 
 Usage: pagekitd SPEC [ways in] [options] [--run CMD [ARG…]]
 
-SPEC is where the pages come from: file:PATH or zero:SIZE.
+SPEC is where the pages come from: file:PATH, zero:SIZE, or python:MODULE:FUNCTION:SIZE, whose
+pages are what FUNCTION(offset, length) returns in a helper process (a Python that has pagekit:
+python3, or what PAGEKIT_PYTHON names; ,timeout=60s behind it gives a call more time than 30s).
 
 Ways in, one at least:
   --socket PATH     where programs attach that preload the shim
