@@ -108,7 +108,8 @@ fn a_range_that_grew_faults_in_its_new_part_too() {
     if !need("EVENT_REMAP") {
         return;
     }
-    let Registered { uffd, memory } = Registered::anonymous(1, EVENTS.without(Features::EVENT_FORK));
+    let Registered { uffd, memory } =
+        Registered::anonymous(1, EVENTS.without(Features::EVENT_FORK));
     let start = memory.start;
     let thread = std::thread::spawn(move || {
         // SAFETY: the test's own range.

@@ -85,7 +85,10 @@ fn one_call_over_several_ranges_tells_the_registered_ones() {
 fn without_the_event_the_pages_are_just_missing_again() {
     on_each(Kind::ALL, 2, |kind, memory| {
         let target = Registered::over(memory, Features::NONE);
-        assert_done(target.uffd.copy(target.memory.at(0), &target.memory.filled(1)), target.memory.page);
+        assert_done(
+            target.uffd.copy(target.memory.at(0), &target.memory.filled(1)),
+            target.memory.page,
+        );
         target.memory.giving_back(0, 2, Advice::LinuxDontNeed).join().unwrap();
         target.assert_silent();
         let expected = if kind.is_shared() { (1, false) } else { (9, true) };

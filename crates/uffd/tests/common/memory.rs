@@ -106,7 +106,14 @@ pub struct Mapping {
 
 impl Mapping {
     fn at_address(start: *mut std::ffi::c_void, len: usize, page: usize) -> Mapping {
-        Mapping { start: start as u64, len, page, file: None, holes: RefCell::default(), pool: None }
+        Mapping {
+            start: start as u64,
+            len,
+            page,
+            file: None,
+            holes: RefCell::default(),
+            pool: None,
+        }
     }
 
     /// Pages that are mapped at an address already.

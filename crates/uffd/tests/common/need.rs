@@ -39,9 +39,14 @@ pub fn need(name: &str) -> bool {
         .unwrap_or_else(|| panic!("{name} is not in the table"));
     match state {
         State::Have => return true,
-        State::Forbidden => skip(name, &format!("this process may not; it needs {}", feature.needs)),
+        State::Forbidden => {
+            skip(name, &format!("this process may not; it needs {}", feature.needs))
+        }
         State::Lacking if running() >= number(feature.since) => {
-            skip(name, &format!("Linux has it since {}, this kernel was built without", feature.since));
+            skip(
+                name,
+                &format!("Linux has it since {}, this kernel was built without", feature.since),
+            );
         }
         State::Lacking => say(name, &format!("since Linux {}", feature.since)),
     }
@@ -120,7 +125,8 @@ impl Pool {
         if held.lock.is_none() {
             let file = File::options().read(true).write(true).open(KNOB);
             let file = file.map_err(|error| format!("{KNOB}: {error} (it takes root)"))?;
-            flock(file.as_fd(), FlockOperation::LockExclusive).map_err(|error| error.to_string())?;
+            flock(file.as_fd(), FlockOperation::LockExclusive)
+                .map_err(|error| error.to_string())?;
             held.lock = Some(file);
         }
         change(pages as isize).map_err(|error| format!("{KNOB}: {error} (it takes root)"))?;

@@ -34,10 +34,7 @@ pub fn forking(body: impl FnOnce() -> i32 + Send + 'static) -> JoinHandle<Child>
 }
 
 /// [`forking`], with flags of clone(2).
-pub fn forking_with(
-    flags: i32,
-    body: impl FnOnce() -> i32 + Send + 'static,
-) -> JoinHandle<Child> {
+pub fn forking_with(flags: i32, body: impl FnOnce() -> i32 + Send + 'static) -> JoinHandle<Child> {
     let (hold, release) = rustix::pipe::pipe().unwrap();
     std::thread::spawn(move || {
         // SAFETY: the child touches memory, makes system calls, and never returns.
