@@ -54,8 +54,8 @@ OLDEST = "6.1"
 META = "linux-image-cloud-amd64"
 """The package that stands for the newest kernel of a suite."""
 
-CRATES = {"pagekit-uffd": "uffd", "pagekit": "pagekit"}
-"""Packages whose tests are run, and what they are called in the results."""
+CRATES = ("pagekit-uffd", "pagekit")
+"""Packages whose tests are run."""
 
 WITHOUT_A_KERNEL = {"pagekit/any_bytes"}
 """Tests of mere bytes, which take long where instructions are emulated."""
