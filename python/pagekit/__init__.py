@@ -22,6 +22,7 @@ from . import errors
 
 if TYPE_CHECKING:
     from . import sandbox as sandbox
+    from . import uffd as uffd
     from .client import owner_environment, plain_environment, shim_path
     from .server import Mount, Server
     from .template import Template
@@ -41,6 +42,7 @@ __all__ = [
     "plain_environment",
     "sandbox",
     "shim_path",
+    "uffd",
 ]
 
 # Resolved on first use, so that `import pagekit` is light and needs no compiled extension.
@@ -55,6 +57,7 @@ _LAZY = {
     "plain_environment": "client",
     "shim_path": "client",
     "sandbox": None,
+    "uffd": None,
 }
 
 
