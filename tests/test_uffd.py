@@ -10,6 +10,7 @@ import hashlib
 import mmap
 import os
 import pickle
+import re
 import resource
 import signal
 import socket
@@ -526,6 +527,7 @@ def test_what_is_true_of_pages() -> None:
     assert not entries[1].file and entries[1].exclusive and not entries[1].swapped
     start = address(memory)
     assert uffd.pagemap((start, PAGES * PAGE), pid=os.getpid()) == entries
+    assert uffd.pagemap(uffd.Range(start + PAGE, PAGE, start)) == [entries[1]]
     feature("PAGEMAP_SCAN")
     (run,) = uffd.scan(memory, having=["PRESENT"], lacking=["FILE"])
     assert (run.start, run.end) == (start + PAGE, start + 2 * PAGE)
@@ -558,6 +560,33 @@ def test_waking_is_a_thing_of_its_own() -> None:
             assert "wake" in (raised.value.hint or "")
             faults.wake(all.start, all.length)
         assert memory[:] == wanted()
+
+
+def test_huge_pages() -> None:
+    huge, flag = 2 << 20, 0x40000
+    with support.sysctl("vm.nr_hugepages", "4"):
+        free = re.search(r"HugePages_Free: +(\d+)", Path("/proc/meminfo").read_text())
+        need("huge pages", free and int(free[1]) >= 2, "no memory for them")
+        memory = mmap.mmap(-1, 2 * huge, flags=mmap.MAP_SHARED | mmap.MAP_ANONYMOUS | flag)
+        content = wanted(huge // PAGE)
+        with uffd.Userfaultfd() as faults, faults.register(memory) as all:
+            assert "ZEROPAGE" not in all.operations and "COPY" in all.operations
+            with running(lambda: touch(memoryview(memory)[PAGE : 2 * PAGE])):
+                (fault,) = faults.read(PATIENCE)
+                assert isinstance(fault, uffd.Fault)
+                assert fault.address // huge * huge == all.start
+                with pytest.raises(errors.Ioctl) as raised:
+                    faults.copy(all.start, page_content(0))
+                assert raised.value.errno == errno.EINVAL
+                assert faults.copy(all.start, content) == huge
+            assert memory[:huge] == content
+            feature("POISON")
+            with (
+                pytest.raises(errors.HandlerError),
+                uffd.handler_process(handlers.die, faults),
+            ):
+                assert given(memoryview(memory)[huge : huge + PAGE]) is not None
+        memory.close()
 
 
 # Bad input
@@ -678,6 +707,8 @@ def test_what_this_kernel_has_not_got(monkeypatch: pytest.MonkeyPatch) -> None:
         for operation in (faults.protect_against_access, faults.allow_access):
             with pytest.raises(errors.Unsupported, match="RWP") as raised:
                 operation(all.start, PAGE)
+        with pytest.raises(errors.Unsupported, match="RWP"):
+            faults.set_mode(enable=["RWP_ASYNC"])
 
 
 @pytest.mark.parametrize(

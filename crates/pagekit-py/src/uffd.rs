@@ -1,8 +1,8 @@
 //! What `pagekit.uffd` needs of the crate `uffd`. Refusals of the kernel go up as errno; the typed errors
 //! are made in Python.
 //!
-//! Every call that enters the kernel gives up the GIL, and says so to [`uffd::stall`] while it waits to
-//! get it back: the thread that has it may wait in a page fault that only we can end.
+//! Every call that enters the kernel gives up the GIL. What handlers call says so to [`uffd::stall`]
+//! while it waits to get it back: the thread that has it may wait in a page fault that only we can end.
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
@@ -87,7 +87,7 @@ fn refusal(error: impl Into<io::Error>) -> PyErr {
     }
 }
 
-/// Gives up the GIL for `work`.
+/// Gives up the GIL for `work`, which a handler does.
 fn detached<T: Send>(py: Python<'_>, work: impl FnOnce() -> T + Send) -> T {
     let (outcome, waiting) = py.detach(|| {
         let outcome = work();
@@ -232,7 +232,7 @@ impl Userfaultfd {
             Some(_) => return Err(refusal(Errno::BADF)),
             None => Opening::SystemCall(access),
         };
-        let opened = detached(py, || uffd::Userfaultfd::open(opening)).map_err(refusal)?;
+        let opened = py.detach(|| uffd::Userfaultfd::open(opening)).map_err(refusal)?;
         Userfaultfd::new(opened).map_err(refusal)
     }
 
@@ -257,7 +257,8 @@ impl Userfaultfd {
     }
 
     fn handshake(&self, py: Python<'_>, features: u64) -> PyResult<()> {
-        self.change(py, move |uffd| uffd.handshake(Features(features)))
+        let open = self.get()?;
+        py.detach(|| open.uffd.handshake(Features(features))).map_err(refusal)
     }
 
     /// Names of what it was negotiated with; none: not yet.
@@ -273,7 +274,7 @@ impl Userfaultfd {
 
     fn register(&self, py: Python<'_>, start: u64, len: u64, mode: u64) -> PyResult<Vec<String>> {
         let open = self.get()?;
-        let operations = detached(py, || {
+        let operations = py.detach(|| {
             let operations = open.uffd.register(start, len, RegisterMode(mode))?;
             open.cover(start, len, true);
             io::Result::Ok(operations)
@@ -287,7 +288,7 @@ impl Userfaultfd {
             open.cover(start, len, false);
             open.uffd.unregister(start, len)
         };
-        detached(py, work).map_err(refusal)
+        py.detach(work).map_err(refusal)
     }
 
     fn copy(
@@ -385,13 +386,19 @@ impl Userfaultfd {
         }
     }
 
+    /// Ends the wait of those who read, for good, and nothing else.
+    fn finish(&self) -> PyResult<()> {
+        rustix::io::write(&self.get()?.closed, &1_u64.to_ne_bytes()).map_err(refusal)?;
+        Ok(())
+    }
+
     /// Ends the wait of those who read. Calls that are under way are finished first, each by whoever
     /// makes it.
     fn close(&self, py: Python<'_>) {
         let open = self.0.lock().unwrap_or_else(PoisonError::into_inner).take();
         if let Some(open) = open {
             let _ = rustix::io::write(&open.closed, &1_u64.to_ne_bytes());
-            detached(py, || drop(open));
+            py.detach(|| drop(open));
         }
     }
 }
@@ -435,7 +442,7 @@ fn pagemap_entries(
     pages: usize,
     pid: Option<u32>,
 ) -> PyResult<Vec<u64>> {
-    let entries = detached(py, || pagemap(pid)?.entries(start, pages)).map_err(refusal)?;
+    let entries = py.detach(|| pagemap(pid)?.entries(start, pages)).map_err(refusal)?;
     Ok(entries.into_iter().map(|entry| entry.0).collect())
 }
 
@@ -471,6 +478,6 @@ fn pagemap_scan(
         only_tracked: wanted.only_tracked,
         most_pages: wanted.most_pages,
     };
-    let regions = detached(py, || pagemap(pid)?.scan(start, end, &scan)).map_err(refusal)?;
+    let regions = py.detach(|| pagemap(pid)?.scan(start, end, &scan)).map_err(refusal)?;
     Ok(regions.into_iter().map(|region| (region.start, region.end, region.categories)).collect())
 }

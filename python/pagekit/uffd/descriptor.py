@@ -117,7 +117,7 @@ class Userfaultfd:
         user_mode_only: bool = False,
         device: str | os.PathLike[str] | int | None = None,
     ) -> None:
-        known = {row[0]: row[1] for row in core().uffd_table() if row[1] is not None}
+        known = _bits_of_features()
         wanted = bits("features", features, known)
         if user_mode_only and device is not None:
             raise UsageError("what comes from the device is never for user mode only")
@@ -387,6 +387,17 @@ class Userfaultfd:
         """Takes :meth:`protect_against_access` back, and wakes."""
         self._change("allow_access", address, length)
 
+    def set_mode(self, *, enable: Iterable[str] = (), disable: Iterable[str] = ()) -> None:
+        """Switches features on and off after the handshake: RWP_ASYNC is the only one (Linux
+        7.3)."""
+        known = _bits_of_features()
+        switched_on = bits("features", enable, known)
+        switched_off = bits("features", disable, known)
+        try:
+            self._native().set_mode(switched_on, switched_off)
+        except OSError as error:
+            raise refused("set_mode", error.errno or errno.EINVAL, 0, 0) from error
+
     def wake(self, address: int, length: int) -> None:
         """Wakes who waits in a range, registered or not; if a page is still missing they fault
         again."""
@@ -428,6 +439,10 @@ class Userfaultfd:
         if code == errno.ENOMEM and not self._core.is_alive(start):
             code = errno.ESRCH  # what the kernel calls it when it registers
         return refused(operation, code, start, length)
+
+
+def _bits_of_features() -> dict[str, int]:
+    return {row[0]: row[1] for row in core().uffd_table() if row[1] is not None}
 
 
 def _open(user_mode_only: bool, device: str | os.PathLike[str] | int | None) -> Any:

@@ -185,7 +185,8 @@ def _failed(found: bytes, when: str, status: int | None) -> HandlerError:
         how = (
             f"was killed by signal {-status}" if status and status < 0 else f"exited with {status}"
         )
-        return HandlerError(f"the handler's process {how} {when}")
+        hint = 'guard what a script does by if __name__ == "__main__"' if status == 1 else None
+        return HandlerError(f"the handler's process {how} {when}", hint=hint)
     words, text, pickled = pickle.loads(found[len(_REPORT) :])
     error = HandlerError(words, traceback=text)
     if pickled is not None:
@@ -215,7 +216,8 @@ def _run(parent: socket.socket, pickled: bytes) -> None:
             with suppress(OSError):
                 parent.recv(1)
             ended.set()
-            uffd.close()
+            # The iteration ends; what it is at can still be resolved.
+            uffd._native().finish()
 
         parent.send(_TAKEN)
         threading.Thread(target=wait_for_the_end, daemon=True).start()

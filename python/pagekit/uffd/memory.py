@@ -160,7 +160,9 @@ _HINTS = {
 
 def refused(operation: str, code: int, start: int, length: int, done: int = 0) -> PagekitError:
     """The exception that says what the kernel answered."""
-    said = f"cannot {operation.rstrip('_').replace('_', ' ')} {length} bytes at {start:#x}"
+    said = f"cannot {operation.rstrip('_').replace('_', ' ')}"
+    if length:
+        said = f"{said} {length} bytes at {start:#x}"
     if done:
         said = f"{said}, after {done}"
     about: dict[str, Any] = {"errno": code, "range": (start, length), "done": done}
