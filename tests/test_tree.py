@@ -30,19 +30,24 @@ MAY_USE = {
     "working_set": {"page", "page_set", "error", "source"},
     "error": set(),
     "thread": set(),
+    "process": {"error"},
     "wire": {"page"},
     "source": {"page", "error"},
     "layer": {"page", "error", "source"},
     "stack": {"page", "error", "source", "layer"},
     "delivery": {"error"},
     "template": {
-        *("page", "page_set", "error", "thread", "source", "stack", "delivery", "working_set"),
+        *("page", "page_set", "error", "thread", "process"),
+        *("source", "stack", "delivery", "working_set"),
     },
     "backend": {"page", "template"},
     "engine": {"page", "error", "thread", "template", "backend"},
     "client": {
         *("page", "page_set", "error", "thread", "wire", "delivery", "door"),
         *("template", "backend", "engine"),
+    },
+    "map": {
+        *("page", "error", "thread", "process", "delivery", "template", "backend", "engine"),
     },
     "server": {"page", "error", "delivery", "door", "template", "engine", "client"},
 }
@@ -143,7 +148,7 @@ def test_what_other_crates_use_of_the_engine() -> None:
     assert used_of_the_engine("pagekit-shim") <= {"page", "wire", "thread"}
     # Registration and conversion: nothing that could decide anything.
     known = {"delivery", "error", "server", "template", "working_set"}
-    assert used_of_the_engine("pagekit-py") <= known | {"page"}
+    assert used_of_the_engine("pagekit-py") <= known | {"page", "map", "process"}
     assert used_of_the_engine("pagekitd") <= known | {"stack"}
 
 
@@ -195,7 +200,7 @@ def test_who_may_import_the_core() -> None:
         name = path.relative_to(PYTHON).as_posix()
         used = set(imports(path))
         if name != "_native.py":
-            allowed = name in ("template.py", "server.py", "working_set.py")
+            allowed = name in ("template.py", "server.py", "working_set.py", "mapping.py")
             direct = {module for module in used if re.match(r"pagekit\._core\b", module)}
             assert not direct, f"{name} imports {direct}"
             if not allowed and name != "doctor.py":

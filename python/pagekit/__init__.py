@@ -23,6 +23,7 @@ from . import errors
 if TYPE_CHECKING:
     from . import sandbox as sandbox
     from .client import owner_environment, plain_environment, shim_path
+    from .mapping import Map, map
     from .server import Mount, Server
     from .template import Template
     from .working_set import Recording, Replay, WorkingSet
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Map",
     "Mount",
     "Recording",
     "Replay",
@@ -37,6 +39,7 @@ __all__ = [
     "Template",
     "WorkingSet",
     "errors",
+    "map",
     "owner_environment",
     "plain_environment",
     "sandbox",
@@ -45,6 +48,8 @@ __all__ = [
 
 # Resolved on first use, so that `import pagekit` is light and needs no compiled extension.
 _LAZY = {
+    "Map": "mapping",
+    "map": "mapping",
     "Mount": "server",
     "Recording": "working_set",
     "Replay": "working_set",
