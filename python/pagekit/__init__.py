@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from . import sandbox as sandbox
     from . import uffd as uffd
     from .client import owner_environment, plain_environment, shim_path
+    from .mapping import Map, map
     from .relay import Relay
     from .server import Mount, Server
     from .template import Template
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Map",
     "Mount",
     "Recording",
     "Relay",
@@ -41,6 +43,7 @@ __all__ = [
     "Template",
     "WorkingSet",
     "errors",
+    "map",
     "owner_environment",
     "plain_environment",
     "relay",
@@ -51,6 +54,8 @@ __all__ = [
 
 # Resolved on first use, so that `import pagekit` is light and needs no compiled extension.
 _LAZY = {
+    "Map": "mapping",
+    "map": "mapping",
     "Mount": "server",
     "Recording": "working_set",
     "Relay": "relay",

@@ -45,7 +45,7 @@ pub use outcome::{Histogram, Outcome, Outcomes};
 use placement::Placement;
 pub(crate) use target::kill;
 use target::Fault;
-pub use target::{NewTarget, Target, TargetId};
+pub use target::{NewTarget, Owner, Target, TargetId};
 use workers::Workers;
 
 /// What a server counts, for people and machines.
@@ -111,6 +111,8 @@ pub(crate) struct Shared {
     /// Whether a target may have deferred faults, so that the loop need not look for them in vain.
     deferred: AtomicBool,
     outcomes: Arc<Outcomes>,
+    /// Whether reports go to stderr too.
+    speaks: bool,
     reports: Mutex<Vec<String>>,
     workers: Workers,
     placement: Arc<Placement>,
@@ -164,6 +166,20 @@ impl Engine {
     /// # Errors
     /// `Kernel` when threads or descriptors run out.
     pub fn start() -> Result<Engine> {
+        Engine::start_and(true)
+    }
+
+    /// Starts one that keeps what it has to say for the statistics. Where the targets are memory of
+    /// this process it must not write: a thread that writes their memory into a pipe holds the pipe's
+    /// lock while it waits for a page, and nobody else may wait for that lock who has to serve it.
+    ///
+    /// # Errors
+    /// As [`Self::start`].
+    pub fn start_quiet() -> Result<Engine> {
+        Engine::start_and(false)
+    }
+
+    fn start_and(speaks: bool) -> Result<Engine> {
         let failed = |error: io::Error| Error::kernel("cannot start the engine", error);
         let create = || -> io::Result<Shared> {
             let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
@@ -181,6 +197,7 @@ impl Engine {
                 deputy: RwLock::default(),
                 deferred: AtomicBool::new(false),
                 outcomes: Arc::default(),
+                speaks,
                 reports: Mutex::default(),
                 workers: Workers::start()?,
                 placement: Arc::default(),
@@ -271,6 +288,13 @@ impl Engine {
     /// Stops serving a target whose process is known to be gone.
     pub fn forget(&self, id: TargetId) {
         self.shared.forget(id);
+    }
+
+    /// Stops serving memory of this process that nobody touches any more. When this returns, nothing
+    /// will be put there: it can be unmapped, and its addresses be used again.
+    pub fn release(&self, target: &Target) {
+        target.release();
+        self.shared.forget(target.id);
     }
 
     /// How many targets live.
@@ -418,10 +442,12 @@ impl Shared {
         let _ = rustix::io::write(&self.poke, &1u64.to_ne_bytes());
     }
 
-    /// Says on stderr what went wrong, and keeps it for the statistics.
+    /// Says on stderr what went wrong, unless it is quiet, and keeps it for the statistics.
     fn report(&self, message: &str) {
-        // Not eprintln!, which panics where nobody reads: no thread of ours ends for that.
-        let _ = writeln!(io::stderr(), "pagekit: {message}");
+        if self.speaks {
+            // Not eprintln!, which panics where nobody reads: no thread of ours ends for that.
+            let _ = writeln!(io::stderr(), "pagekit: {message}");
+        }
         let mut reports = self.reports.lock().unwrap_or_else(PoisonError::into_inner);
         if reports.len() == REPORTS {
             reports.remove(0);
