@@ -45,7 +45,8 @@ MAY_USE = {
         *("page", "page_set", "error", "thread", "wire", "delivery", "door"),
         *("template", "backend", "engine"),
     },
-    "server": {"page", "error", "delivery", "door", "template", "engine", "client"},
+    "relay": {"page", "error", "thread", "wire", "door", "engine"},
+    "server": {"page", "error", "delivery", "door", "template", "engine", "client", "relay"},
 }
 FAMILIES = ["source", "layer", "backend", "client"]
 
@@ -144,7 +145,7 @@ def test_what_other_crates_use_of_the_engine() -> None:
     assert used_of_the_engine("pagekit-shim") <= {"page", "wire", "thread"}
     # Registration and conversion: nothing that could decide anything.
     known = {"delivery", "error", "server", "template", "working_set"}
-    assert used_of_the_engine("pagekit-py") <= known | {"page", "stack"}
+    assert used_of_the_engine("pagekit-py") <= known | {"page", "relay", "stack", "wire"}
     assert used_of_the_engine("pagekitd") <= known | {"stack"}
 
 
@@ -196,7 +197,7 @@ def test_who_may_import_the_core() -> None:
         name = path.relative_to(PYTHON).as_posix()
         used = set(imports(path))
         if name != "_native.py":
-            allowed = name in ("template.py", "server.py", "working_set.py")
+            allowed = name in ("template.py", "server.py", "working_set.py", "relay.py")
             allowed = allowed or name.startswith("uffd/")
             direct = {module for module in used if re.match(r"pagekit\._core\b", module)}
             assert not direct, f"{name} imports {direct}"

@@ -21,8 +21,10 @@ from typing import TYPE_CHECKING, Any
 from . import errors
 
 if TYPE_CHECKING:
+    from . import relay as relay
     from . import sandbox as sandbox
     from .client import owner_environment, plain_environment, shim_path
+    from .relay import Relay
     from .server import Mount, Server
     from .template import Template
     from .working_set import Recording, Replay, WorkingSet
@@ -32,6 +34,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Mount",
     "Recording",
+    "Relay",
     "Replay",
     "Server",
     "Template",
@@ -39,6 +42,7 @@ __all__ = [
     "errors",
     "owner_environment",
     "plain_environment",
+    "relay",
     "sandbox",
     "shim_path",
 ]
@@ -47,6 +51,7 @@ __all__ = [
 _LAZY = {
     "Mount": "server",
     "Recording": "working_set",
+    "Relay": "relay",
     "Replay": "working_set",
     "WorkingSet": "working_set",
     "Server": "server",
@@ -54,6 +59,7 @@ _LAZY = {
     "owner_environment": "client",
     "plain_environment": "client",
     "shim_path": "client",
+    "relay": None,
     "sandbox": None,
 }
 

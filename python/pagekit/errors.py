@@ -14,7 +14,8 @@
     │  └─ CallbackError                a callback raised, or gave something else than pages
     ├─ IntegrityError                  bytes are not what they must be; never retried
     ├─ ServerError(OSError)            the server could not be started or reached
-    │  └─ AddressInUse                 another server answers on this socket
+    │  ├─ AddressInUse                 another server answers on this socket
+    │  └─ RelayError                   no relay, or it does not want this second handler any more
     └─ SandboxError                    a sandbox driver could not do its work
        ├─ QemuMissing                  no QEMU program, or one that does not start
        ├─ GuestMissing                 no kernel or initramfs to boot
@@ -116,6 +117,10 @@ class ServerError(PagekitError, OSError):
 
 class AddressInUse(ServerError):
     """Another server answers on this socket."""
+
+
+class RelayError(ServerError):
+    """No relay can be reached, or it does not want this second handler, or no more."""
 
 
 class SandboxError(PagekitError):

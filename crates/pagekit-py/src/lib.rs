@@ -2,6 +2,7 @@
 //!
 //! Every call that can wait gives up the GIL; the engine's threads never take it.
 
+mod relay;
 mod uffd;
 
 use std::path::PathBuf;
@@ -61,7 +62,9 @@ fn use_this_interpreter(py: Python<'_>) -> PyResult<()> {
     // None, or empty, where Python is part of another program.
     let executable: Option<PathBuf> = sys.getattr("executable")?.extract()?;
     if let Some(executable) = executable.filter(|path| !path.as_os_str().is_empty()) {
-        let path = sys.getattr("path")?.extract()?;
+        // A path with strange entries is passed on without them: who needs none must not fail.
+        let entries: Vec<Bound<'_, PyAny>> = sys.getattr("path")?.extract()?;
+        let path = entries.iter().filter_map(|entry| entry.extract().ok()).collect();
         pagekit::stack::set_interpreter(executable, path);
     }
     Ok(())
@@ -269,6 +272,7 @@ struct Ways {
     mode: u32,
     allow: Vec<u32>,
     mount: Option<MountPoint>,
+    relay: Option<PathBuf>,
 }
 
 /// A dictionary of what [`server::mount::Options`] has.
@@ -308,7 +312,7 @@ impl Server {
     #[new]
     fn new(py: Python<'_>, template: &Template, ways: Ways) -> PyResult<Server> {
         let template = template.get()?;
-        let Ways { socket, firecracker, backend, owner, mode, allow, mount } = ways;
+        let Ways { socket, firecracker, backend, owner, mode, allow, mount, relay } = ways;
         let mount = mount.map(|mount| mount.options(owner)).transpose();
         let mount = mount.map_err(|error| raised(py, &error))?;
         let address = |path| server::Address { path, owner, mode, allow: allow.clone() };
@@ -316,6 +320,7 @@ impl Server {
             shim: socket.map(address),
             firecracker: firecracker.into_iter().map(address).collect(),
             mount,
+            relay: relay.map(address),
             backend,
         };
         let server = py
@@ -377,6 +382,7 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<WorkingSet>()?;
     module.add_class::<Recording>()?;
     module.add_class::<Replay>()?;
+    module.add_class::<relay::Relay>()?;
     module.add_function(wrap_pyfunction!(probe, module)?)?;
     uffd::add_to(module)?;
     Ok(())

@@ -13,6 +13,7 @@
 //! | [`wire`] | messages between client and server, bytes ↔ values | page |
 //! | [`door`] | the Unix sockets at which clients come in, and who may | error |
 //! | [`client`] | what brings targets: the shim's handshake | engine, wire |
+//! | [`relay`] | a second handler in another process gets faults and events | engine, wire, door |
 //! | [`server`] | a template, an engine and a socket together | everything above |
 //!
 //! ARCHITECTURE.md tells the life of one fault; `tests/test_tree.py` checks this table.
@@ -26,6 +27,7 @@ pub mod error;
 pub mod layer;
 pub mod page;
 pub mod page_set;
+pub mod relay;
 pub mod server;
 pub mod source;
 pub mod stack;

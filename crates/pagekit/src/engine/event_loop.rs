@@ -27,8 +27,9 @@ use std::time::{Duration, Instant};
 use rustix::event::epoll::{self, Event as EpollEvent};
 use rustix::event::Timespec;
 use rustix::io::Errno;
-use uffd::{Event, MessageBuffer};
+use uffd::{Cause, Event, MessageBuffer};
 
+use super::deputy::Happening;
 use super::placement::{Neighbour, QUIET};
 use super::region::RegionMap;
 use super::target::{NewTarget, Target};
@@ -85,8 +86,8 @@ struct Loop<'a> {
     messages: MessageBuffer,
     /// Room for one message.
     one: MessageBuffer,
-    /// Addresses of faults just read; empty in between.
-    faults: Vec<u64>,
+    /// Faults just read, and whether each is a write to a protected page; empty in between.
+    faults: Vec<(u64, bool)>,
     poll: Duration,
     /// No polling before this moment: others need the processor.
     crowded: Instant,
@@ -178,18 +179,29 @@ impl Loop<'_> {
                     for event in messages {
                         read += 1;
                         match event {
-                            Event::Fault { address, .. } => {
-                                faults.push(address);
+                            Event::Fault { address, flags, .. } => {
+                                faults.push((address, Cause::of(flags) == Cause::WriteProtected));
                                 continue;
                             }
                             Event::Remove { start, end } => {
                                 regions.remove(start, end);
                                 target.huge_given_back(start, end);
+                                target.tell(self.shared, Happening::Remove(start, end));
                             }
-                            Event::Unmap { start, end } => regions.unmap(start, end),
-                            Event::Remap { from, to, len } => regions.remap(from, to, len),
+                            Event::Unmap { start, end } => {
+                                regions.unmap(start, end);
+                                target.tell(self.shared, Happening::Unmap(start, end));
+                            }
+                            Event::Remap { from, to, len } => {
+                                regions.remap(from, to, len);
+                                target.tell(self.shared, Happening::Remap(from, to, len));
+                            }
                             // The child has what the parent has at this moment.
-                            Event::Fork(uffd) => children.push((uffd, regions.clone())),
+                            Event::Fork(uffd) => {
+                                let child = self.shared.number();
+                                target.tell(self.shared, Happening::Fork(child));
+                                children.push((child, uffd, regions.clone()));
+                            }
                             Event::Unknown(code) => {
                                 self.shared.report(&format!("unknown userfaultfd event {code:#x}"));
                             }
@@ -203,15 +215,15 @@ impl Loop<'_> {
             }
         }
         drop(regions);
-        for (uffd, regions) in children {
-            self.adopt(target, uffd, regions);
+        for (child, uffd, regions) in children {
+            self.adopt(target, child, uffd, regions);
         }
         let any = !faults.is_empty();
         if any {
             self.neighbour.faults(target, faults.len(), now);
         }
-        for address in faults.drain(..) {
-            let fault = target.fault(address, now);
+        for (address, protected) in faults.drain(..) {
+            let fault = target.fault(address, protected, now);
             match target.beacon == Some(fault.address) {
                 // A child asks who it is: no fault of the template's memory.
                 true => target.answer_beacon(self.shared, fault),
@@ -241,7 +253,13 @@ impl Loop<'_> {
         any
     }
 
-    fn adopt(&self, parent: &Arc<Target>, uffd: uffd::Userfaultfd, regions: RegionMap) {
+    fn adopt(
+        &self,
+        parent: &Arc<Target>,
+        id: TargetId,
+        uffd: uffd::Userfaultfd,
+        regions: RegionMap,
+    ) {
         // Kept until it is known that the child is served: without a holder it would read zeros.
         let (spare, ranges) = (uffd.try_clone(), regions.clone());
         let child = NewTarget {
@@ -254,7 +272,7 @@ impl Loop<'_> {
             page_size: parent.page_size,
             connection: None,
         };
-        let Err(error) = self.shared.add(Some(parent.id), child) else { return };
+        let Err(error) = self.shared.add(id, Some(parent.id), child) else { return };
         let message = format!(
             "a child of target {} cannot be served: {error}; its missing pages are poisoned",
             parent.id

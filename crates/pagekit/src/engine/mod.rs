@@ -13,6 +13,7 @@
 //! microseconds. Everything else goes to [`workers`], and whoever ends a fetch serves its waiters.
 
 mod ahead;
+pub mod deputy;
 mod event_loop;
 mod fill;
 mod huge;
@@ -28,7 +29,7 @@ use std::io::{self, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -39,6 +40,7 @@ use crate::error::{Error, Result};
 use crate::page::Run;
 use crate::template::Fetch;
 pub use ahead::Ahead;
+use deputy::Deputy;
 pub use outcome::{Histogram, Outcome, Outcomes};
 use placement::Placement;
 pub(crate) use target::kill;
@@ -104,6 +106,8 @@ pub(crate) struct Shared {
     ahead: AtomicU64,
     /// Told of every target that a client brings.
     greeter: Mutex<Option<Greeter>>,
+    /// The second handler, if there is one.
+    deputy: RwLock<Option<Arc<dyn Deputy>>>,
     /// Whether a target may have deferred faults, so that the loop need not look for them in vain.
     deferred: AtomicBool,
     outcomes: Arc<Outcomes>,
@@ -174,6 +178,7 @@ impl Engine {
                 faults: AtomicU64::new(0),
                 ahead: AtomicU64::new(0),
                 greeter: Mutex::default(),
+                deputy: RwLock::default(),
                 deferred: AtomicBool::new(false),
                 outcomes: Arc::default(),
                 reports: Mutex::default(),
@@ -196,7 +201,7 @@ impl Engine {
     pub fn add(&self, new: NewTarget) -> Result<Arc<Target>> {
         let target = self
             .shared
-            .add(None, new)
+            .add(self.shared.number(), None, new)
             .map_err(|error| Error::kernel("cannot watch a target's descriptors", error))?;
         let greeter = self.shared.greeter.lock().unwrap_or_else(PoisonError::into_inner).clone();
         if let Some(Greeter(greet)) = greeter {
@@ -347,11 +352,23 @@ impl Shared {
         }
     }
 
-    fn add(&self, parent: Option<TargetId>, new: NewTarget) -> io::Result<Arc<Target>> {
-        let id = self.ever.fetch_add(1, Relaxed) + 1;
+    /// The number of the next target.
+    fn number(&self) -> TargetId {
+        self.ever.fetch_add(1, Relaxed) + 1
+    }
+
+    fn add(
+        &self,
+        id: TargetId,
+        parent: Option<TargetId>,
+        new: NewTarget,
+    ) -> io::Result<Arc<Target>> {
         let target = Arc::new(Target::new(id, parent, new));
         // Listed before it is watched: an event of an unknown target would be lost.
         self.targets().insert(id, Arc::clone(&target));
+        if let Some(deputy) = self.deputy() {
+            deputy.joined(&target, &target.regions());
+        }
         let watch = || -> io::Result<()> {
             epoll::add(&self.epoll, &target.uffd, Token::Events(id).encode(), EventFlags::IN)?;
             self.watch_exit(&target)
@@ -382,6 +399,9 @@ impl Shared {
             let _ = epoll::delete(&self.epoll, pidfd);
         }
         target.abandon(self);
+        if let Some(deputy) = self.deputy() {
+            deputy.left(id);
+        }
         self.fewer_targets.notify_all();
     }
 

@@ -200,6 +200,11 @@ impl Template {
         Run::between(0, self.size() / PAGE)
     }
 
+    /// How long a page is waited for until it is given up.
+    pub fn deadline(&self) -> Duration {
+        self.deadline
+    }
+
     /// Runs that are zero by the map, rising.
     pub fn zero_runs(&self) -> &[Run] {
         &self.zero_runs
