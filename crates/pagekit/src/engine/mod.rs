@@ -13,6 +13,7 @@
 //! microseconds. Everything else goes to [`workers`], and whoever ends a fetch serves its waiters.
 
 mod ahead;
+pub mod broadcast;
 pub mod deputy;
 mod event_loop;
 mod fill;
@@ -28,7 +29,7 @@ use std::io::{self, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -39,6 +40,7 @@ use crate::error::{Error, Result};
 use crate::page::Run;
 use crate::template::Fetch;
 pub use ahead::Ahead;
+use broadcast::Broadcast;
 use deputy::Deputy;
 pub use outcome::{Histogram, Outcome, Outcomes};
 pub(crate) use target::kill;
@@ -59,6 +61,8 @@ pub struct Statistics {
     pub targets_ever: u64,
     /// Pages put into targets ahead of demand.
     pub ahead_pages: u64,
+    /// Those of them that a sibling had demanded.
+    pub broadcast_pages: u64,
     /// The last things that went wrong, oldest first.
     pub reports: Vec<String>,
 }
@@ -102,6 +106,8 @@ pub(crate) struct Shared {
     ahead: AtomicU64,
     /// Told of every target that a client brings.
     greeter: Mutex<Option<Greeter>>,
+    /// Puts what one target demands into its siblings, if that is wanted.
+    broadcast: OnceLock<Arc<Broadcast>>,
     /// The second handler, if there is one.
     deputy: RwLock<Option<Arc<dyn Deputy>>>,
     /// Whether a target may have deferred faults, so that the loop need not look for them in vain.
@@ -173,6 +179,7 @@ impl Engine {
                 faults: AtomicU64::new(0),
                 ahead: AtomicU64::new(0),
                 greeter: Mutex::default(),
+                broadcast: OnceLock::new(),
                 deputy: RwLock::default(),
                 deferred: AtomicBool::new(false),
                 outcomes: Arc::default(),
@@ -306,6 +313,7 @@ impl Engine {
             targets,
             targets_ever: self.shared.ever.load(Relaxed),
             ahead_pages: self.shared.ahead.load(Relaxed),
+            broadcast_pages: self.shared.broadcast_pages(),
             reports: self.shared.reports.lock().unwrap_or_else(PoisonError::into_inner).clone(),
         }
     }
@@ -319,6 +327,9 @@ impl Engine {
         if let Some(thread) = thread {
             // The loop reports its own panics; there is nothing left to learn from it.
             let _ = thread.join();
+        }
+        if let Some(broadcast) = self.shared.broadcast.get() {
+            broadcast.stop();
         }
         self.shared.workers.stop();
         self.shared.targets().clear();
