@@ -35,6 +35,7 @@ class Ways(TypedDict):
     mode: int
     allow: list[int]
     relay: Path | None
+    broadcast: str
     mount: Mounted | None
 
 class Server:

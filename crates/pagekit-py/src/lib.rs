@@ -298,6 +298,7 @@ struct Ways {
     allow: Vec<u32>,
     mount: Option<MountPoint>,
     relay: Option<PathBuf>,
+    broadcast: String,
 }
 
 /// A dictionary of what [`server::mount::Options`] has.
@@ -336,7 +337,9 @@ impl Server {
     #[new]
     fn new(py: Python<'_>, template: &Template, ways: Ways) -> PyResult<Server> {
         let template = template.get()?;
-        let Ways { socket, firecracker, backend, owner, mode, allow, mount, relay } = ways;
+        let Ways { socket, firecracker, backend, owner, mode, allow, mount, relay, broadcast } =
+            ways;
+        let broadcast = broadcast.parse().map_err(|error| raised(py, &error))?;
         let mount = mount.map(|mount| mount.options(owner)).transpose();
         let mount = mount.map_err(|error| raised(py, &error))?;
         let address = |path| server::Address { path, owner, mode, allow: allow.clone() };
@@ -346,6 +349,7 @@ impl Server {
             mount,
             relay: relay.map(address),
             backend,
+            broadcast,
         };
         let server = py
             .detach(|| server::Server::start(template, delivery(), ways))

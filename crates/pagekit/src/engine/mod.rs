@@ -13,6 +13,7 @@
 //! microseconds. Everything else goes to [`workers`], and whoever ends a fetch serves its waiters.
 
 mod ahead;
+pub mod broadcast;
 pub mod deputy;
 mod event_loop;
 mod fill;
@@ -29,7 +30,7 @@ use std::io::{self, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -40,6 +41,7 @@ use crate::error::{Error, Result};
 use crate::page::Run;
 use crate::template::Fetch;
 pub use ahead::Ahead;
+use broadcast::Broadcast;
 use deputy::Deputy;
 pub use outcome::{Histogram, Outcome, Outcomes};
 use placement::Placement;
@@ -63,6 +65,8 @@ pub struct Statistics {
     pub ahead_pages: u64,
     /// How often the loop's thread went to stay on the processor of a target that faults all the time.
     pub stays: u64,
+    /// Those of them that a sibling had demanded.
+    pub broadcast_pages: u64,
     /// The last things that went wrong, oldest first.
     pub reports: Vec<String>,
 }
@@ -106,6 +110,8 @@ pub(crate) struct Shared {
     ahead: AtomicU64,
     /// Told of every target that a client brings.
     greeter: Mutex<Option<Greeter>>,
+    /// Puts what one target demands into its siblings, if that is wanted.
+    broadcast: OnceLock<Arc<Broadcast>>,
     /// The second handler, if there is one.
     deputy: RwLock<Option<Arc<dyn Deputy>>>,
     /// Whether a target may have deferred faults, so that the loop need not look for them in vain.
@@ -194,6 +200,7 @@ impl Engine {
                 faults: AtomicU64::new(0),
                 ahead: AtomicU64::new(0),
                 greeter: Mutex::default(),
+                broadcast: OnceLock::new(),
                 deputy: RwLock::default(),
                 deferred: AtomicBool::new(false),
                 outcomes: Arc::default(),
@@ -337,6 +344,7 @@ impl Engine {
             targets_ever: self.shared.ever.load(Relaxed),
             ahead_pages: self.shared.ahead.load(Relaxed),
             stays: self.shared.placement.stays(),
+            broadcast_pages: self.shared.broadcast_pages(),
             reports: self.shared.reports.lock().unwrap_or_else(PoisonError::into_inner).clone(),
         }
     }
@@ -352,6 +360,9 @@ impl Engine {
             let _ = thread.join();
         }
         self.shared.placement.stop();
+        if let Some(broadcast) = self.shared.broadcast.get() {
+            broadcast.stop();
+        }
         self.shared.workers.stop();
         self.shared.targets().clear();
         self.shared.fewer_targets.notify_all();

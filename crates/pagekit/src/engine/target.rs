@@ -343,16 +343,18 @@ impl Target {
                     let usual = self.locality().window(fault.address / PAGE, page);
                     self.window(usual, page)
                 });
-                let filled = match find(self.template.zero_runs(), page) {
+                let (put, filled) = match find(self.template.zero_runs(), page) {
                     Some(zero) => {
                         let pages = window.zeros.min(zero.end() - page);
                         let bytes = place.bytes.min(pages * PAGE);
-                        Some(self.zero(fault.address, bytes))
+                        let put = Run { start: page, pages: bytes / PAGE };
+                        (put, Some(self.zero(fault.address, bytes)))
                     }
-                    None => self.fill(fault.address, page, place, window.fill),
+                    None => (window.fill, self.fill(fault.address, page, place, window.fill)),
                 };
                 if let Some(resolution) = filled {
                     drop(regions);
+                    self.spread(shared, resolution, put);
                     return self.settle(shared, fault, resolution);
                 }
                 match self.template.want(page, window.fetch, || self.waiter(shared, &fault)) {
