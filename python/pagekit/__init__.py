@@ -21,8 +21,12 @@ from typing import TYPE_CHECKING, Any
 from . import errors
 
 if TYPE_CHECKING:
+    from . import relay as relay
     from . import sandbox as sandbox
+    from . import uffd as uffd
     from .client import owner_environment, plain_environment, shim_path
+    from .mapping import Map, map
+    from .relay import Relay
     from .server import Mount, Server
     from .template import Template
     from .working_set import Recording, Replay, WorkingSet
@@ -30,23 +34,31 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Map",
     "Mount",
     "Recording",
+    "Relay",
     "Replay",
     "Server",
     "Template",
     "WorkingSet",
     "errors",
+    "map",
     "owner_environment",
     "plain_environment",
+    "relay",
     "sandbox",
     "shim_path",
+    "uffd",
 ]
 
 # Resolved on first use, so that `import pagekit` is light and needs no compiled extension.
 _LAZY = {
+    "Map": "mapping",
+    "map": "mapping",
     "Mount": "server",
     "Recording": "working_set",
+    "Relay": "relay",
     "Replay": "working_set",
     "WorkingSet": "working_set",
     "Server": "server",
@@ -54,7 +66,9 @@ _LAZY = {
     "owner_environment": "client",
     "plain_environment": "client",
     "shim_path": "client",
+    "relay": None,
     "sandbox": None,
+    "uffd": None,
 }
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from ._native import core
 from .client import shim_path
@@ -64,8 +64,13 @@ class Server:
         mount: directory in which the memory is to be a file (see :attr:`mount_path`), or a
             :class:`Mount` that says more. It is shared by all who map it, as with ``share``, and
             they need not trust each other.
+        relay: path of a socket at which second handlers connect (:class:`pagekit.Relay`), which
+            answer for parts of the memory. Not a way in by itself.
         backend: how programs with the shim get the memory: ``share``, ``copy``, ``plain``, or
             ``auto``, which takes the best that works here (see :attr:`backend`, :attr:`reason`).
+        broadcast: what is put into all that have copies (``copy``, Firecrackers) as soon as one of
+            them demands it: nothing (``off``), pages of the working set that is replayed, or
+            ``all``. Saves the others the faults, and costs them the memory if they never come.
         owner: user id, or (user id, group id), to give sockets and file to: the one that the
             programs run as, where that is another one.
         mode: permissions of the sockets.
@@ -86,7 +91,9 @@ class Server:
         *,
         firecracker: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = (),
         mount: str | os.PathLike[str] | Mount | None = None,
+        relay: str | os.PathLike[str] | None = None,
         backend: str = "auto",
+        broadcast: Literal["off", "working-set", "all"] = "off",
         owner: int | tuple[int, int] | None = None,
         mode: int = 0o600,
         allow: Sequence[int] = (),
@@ -98,6 +105,7 @@ class Server:
         self.template = template
         self.socket = None if socket is None else Path(socket)
         self.firecracker = [Path(path) for path in firecracker]
+        self.relay = None if relay is None else Path(relay)
         ways = {
             "socket": self.socket,
             "firecracker": self.firecracker,
@@ -105,6 +113,8 @@ class Server:
             "owner": (owner, None) if isinstance(owner, int) else owner,
             "mode": mode,
             "allow": list(allow),
+            "relay": self.relay,
+            "broadcast": broadcast,
             "mount": mount and {**vars(mount), "directory": Path(mount.directory)},
         }
         self._core = core().Server(template._core, ways)

@@ -10,9 +10,11 @@ use crate::client::mount::Mount;
 use crate::client::shim::{plan, Listener, Plan};
 use crate::delivery::Delivery;
 pub use crate::door::Address;
+pub use crate::engine::broadcast::Policy;
 use crate::engine::{self, Engine, Target};
 use crate::error::{Error, Result};
 use crate::page::Run;
+use crate::relay;
 use crate::template::replay::{Sink, Taken};
 use crate::template::{self, Template};
 
@@ -25,9 +27,13 @@ pub struct Ways {
     pub firecracker: Vec<Address>,
     /// Where the memory is mounted as a file.
     pub mount: Option<mount::Options>,
+    /// Where second handlers connect: no way in, but beside one.
+    pub relay: Option<Address>,
     /// How programs with the shim get the memory: `auto`, `share`, `copy` or `plain`; empty is
     /// `auto`.
     pub backend: String,
+    /// What is put into all that get copies when one of them demands it.
+    pub broadcast: Policy,
 }
 
 impl Ways {
@@ -67,6 +73,7 @@ pub struct Server {
     shim: Option<(Listener, Plan, String)>,
     firecracker: Option<firecracker::Listener>,
     mount: Option<Mount>,
+    relay: Option<relay::Listener>,
     engine: Arc<Engine>,
     template: Arc<Template>,
 }
@@ -86,6 +93,8 @@ pub struct Statistics {
     pub firecracker: Option<firecracker::Clients>,
     /// The mount, if there is one.
     pub mount: Option<mount::Statistics>,
+    /// The second handlers, if they can come.
+    pub relay: Option<relay::Statistics>,
     /// Targets, faults, outcomes.
     #[serde(flatten)]
     pub engine: engine::Statistics,
@@ -104,6 +113,7 @@ impl Server {
             return Err(Error::usage("there is no way in", "give a socket or a mount point"));
         }
         let engine = Arc::new(Engine::start()?);
+        engine.broadcast(ways.broadcast)?;
         let (filler, filled) = (Arc::downgrade(&engine), Arc::downgrade(&template));
         engine.on_target(move |target| {
             if let (true, Some(template)) = (target.can_be_filled(), filled.upgrade()) {
@@ -115,9 +125,15 @@ impl Server {
             shim: None,
             firecracker: None,
             mount: None,
+            relay: None,
             engine: Arc::clone(&engine),
             template: Arc::clone(&template),
         };
+        if let Some(address) = ways.relay {
+            let served =
+                relay::Served { pages: template.whole().pages, deadline: template.deadline() };
+            server.relay = Some(relay::Listener::start(address, Arc::clone(&engine), served)?);
+        }
         if !ways.firecracker.is_empty() {
             let (engine, template) = (Arc::clone(&engine), Arc::clone(&template));
             let listener = firecracker::Listener::start(ways.firecracker, engine, template)?;
@@ -151,6 +167,11 @@ impl Server {
         self.firecracker.iter().flat_map(firecracker::Listener::paths).collect()
     }
 
+    /// Where second handlers connect.
+    pub fn relay(&self) -> Option<&Path> {
+        self.relay.as_ref().map(relay::Listener::path)
+    }
+
     /// The memory as a file.
     pub fn mount(&self) -> Option<&Mount> {
         self.mount.as_ref()
@@ -181,6 +202,7 @@ impl Server {
             bytes_read: template.bytes_read,
             firecracker: self.firecracker.as_ref().map(firecracker::Listener::clients),
             mount: self.mount.as_ref().map(Mount::statistics),
+            relay: self.relay.as_ref().map(relay::Listener::statistics),
             engine: self.engine.statistics(),
             template,
         }
@@ -197,6 +219,9 @@ impl Server {
         }
         if let Some(mount) = &self.mount {
             mount.stop();
+        }
+        if let Some(relay) = &self.relay {
+            relay.stop();
         }
         self.engine.stop();
     }

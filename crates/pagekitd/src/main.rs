@@ -106,6 +106,9 @@ fn announce(options: &Options, server: &Server) {
     for socket in server.firecracker() {
         eprintln!("pagekit: serving {} to Firecracker at {}", options.spec, socket.display());
     }
+    if let Some(socket) = server.relay() {
+        eprintln!("pagekit: second handlers connect to {}", socket.display());
+    }
     if let Some(mount) = server.mount() {
         let (plan, reason) = mount.plan();
         eprintln!("pagekit: {} is {}: {plan}: {reason}", mount.path().display(), options.spec);
@@ -114,7 +117,7 @@ fn announce(options: &Options, server: &Server) {
         let (backend, reason) = server.backend().unzip();
         let ready = serde_json::json!({
             "ready": true, "socket": server.socket(), "firecracker": server.firecracker(),
-            "mount": server.mount().map(Mount::path), "backend": backend, "reason": reason,
+            "mount": server.mount().map(Mount::path), "relay": server.relay(), "backend": backend, "reason": reason,
             "size": server.template().size(),
         });
         println!("{ready}");

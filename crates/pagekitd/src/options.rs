@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use lexopt::prelude::*;
 use pagekit::error::{Error, Result};
-use pagekit::server::{mount, Address, Ways};
+use pagekit::server::{mount, Address, Policy, Ways};
 use pagekit::stack;
 use pagekit::template::replay;
 use pagekit::working_set::Until;
@@ -32,6 +32,9 @@ Ways in, one at least:
   --passthrough WHEN  auto, never, always: let the kernel serve it from a local file by itself
   --readahead SIZE  what the kernel reads around a touched page (default 128K)
 
+Second handlers (programs that answer for a part of the memory, and hear of every event):
+  --relay PATH      where they connect. What they claim waits for them, up to the deadline
+
 Who may come in (only this user, unless):
   --owner UID[:GID] give sockets and file to the user (and group) that the programs run as
   --mode OCTAL      mode of the sockets (default 600)
@@ -45,6 +48,8 @@ Working sets, so that pages are there before they are asked for:
   --working-set FILE  fetch the critical pages of FILE ahead
   --rest            and the others, into the template only
   --rate RATE       so many bytes a second at most: 100MB/s
+  --broadcast WHAT  put a page that one demanded into its siblings, too, where each has copies: off
+                    (default), working-set (pages of FILE, critical or not), all
 
 Options:
   --layer LAYER     wrap the source, outermost first: pass, stats, delay=2ms, fail=3 (repeatable)
@@ -81,6 +86,7 @@ pub struct Options {
     pub socket: Option<PathBuf>,
     pub firecracker: Vec<PathBuf>,
     pub mount: Option<PathBuf>,
+    pub relay: Option<PathBuf>,
     /// The mount's own options; its directory is in `mount`.
     pub mounted: mount::Options,
     pub owner: Option<(u32, Option<u32>)>,
@@ -91,6 +97,7 @@ pub struct Options {
     pub working_set: Option<PathBuf>,
     pub replay: replay::Options,
     pub backend: String,
+    pub broadcast: Policy,
     pub deadline: Duration,
     pub json: bool,
     pub shim: Option<PathBuf>,
@@ -114,7 +121,9 @@ impl Options {
                 owner: self.owner,
                 ..self.mounted.clone()
             }),
+            relay: self.relay.as_ref().map(address),
             backend: self.backend.clone(),
+            broadcast: self.broadcast,
         }
     }
 }
@@ -135,6 +144,7 @@ fn parse(mut parser: lexopt::Parser) -> Result<Asked, String> {
         socket: None,
         firecracker: Vec::new(),
         mount: None,
+        relay: None,
         mounted: mount::Options { mode: 0o400, ..mount::Options::from("") },
         owner: None,
         mode: 0o600,
@@ -144,6 +154,7 @@ fn parse(mut parser: lexopt::Parser) -> Result<Asked, String> {
         working_set: None,
         replay: replay::Options::default(),
         backend: "auto".to_owned(),
+        broadcast: Policy::Off,
         deadline: Duration::from_secs(5),
         json: false,
         shim: None,
@@ -171,6 +182,7 @@ fn parse(mut parser: lexopt::Parser) -> Result<Asked, String> {
                 options.mode = mode(&value)?;
             }
             Long("mount") => options.mount = Some(parser.value().map_err(text)?.into()),
+            Long("relay") => options.relay = Some(parser.value().map_err(text)?.into()),
             Long("mount-name") => options.mounted.name = string(&mut parser)?,
             Long("mount-mode") => {
                 let value = string(&mut parser)?;
@@ -206,6 +218,10 @@ fn parse(mut parser: lexopt::Parser) -> Result<Asked, String> {
             }
             Long("layer") => options.layers.push(string(&mut parser)?),
             Long("backend") => options.backend = string(&mut parser)?,
+            Long("broadcast") => {
+                let value = string(&mut parser)?;
+                options.broadcast = value.parse().map_err(|error: Error| error.to_string())?;
+            }
             Long("json") => options.json = true,
             Long("shim") => options.shim = Some(parser.value().map_err(text)?.into()),
             Long("deadline") => {

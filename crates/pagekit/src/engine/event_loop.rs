@@ -27,8 +27,9 @@ use std::time::{Duration, Instant};
 use rustix::event::epoll::{self, Event as EpollEvent};
 use rustix::event::Timespec;
 use rustix::io::Errno;
-use uffd::{Event, MessageBuffer};
+use uffd::{Cause, Event, MessageBuffer};
 
+use super::deputy::Happening;
 use super::placement::{Neighbour, QUIET};
 use super::region::RegionMap;
 use super::target::{NewTarget, Target};
@@ -39,6 +40,9 @@ const MESSAGES: usize = 64;
 /// Polling after a fault lasts between these; each miss halves the time, each hit doubles it.
 const SHORTEST_POLL: Duration = Duration::from_micros(10);
 const LONGEST_POLL: Duration = Duration::from_micros(200);
+/// A thread that offers its processor while it polls, and gets it back later than after a poll, has lost
+/// it to others: who sleeps is preferred to who polls then. So long no polling.
+const CROWDED: Duration = Duration::from_millis(5);
 /// While polling for one target, see so often whether others wait.
 const LOOK_AROUND: Duration = Duration::from_micros(500);
 /// Exit and exec of a process without pidfd announce nothing: ask so often.
@@ -54,6 +58,7 @@ pub(super) fn run(shared: &Arc<Shared>) {
         one: MessageBuffer::new(1),
         faults: Vec::with_capacity(MESSAGES),
         poll: SHORTEST_POLL,
+        crowded: Instant::now(),
         neighbour: Neighbour::new(Arc::clone(&shared.placement)),
         next_life_sign: after(LIFE_SIGN),
         starved: false,
@@ -81,9 +86,11 @@ struct Loop<'a> {
     messages: MessageBuffer,
     /// Room for one message.
     one: MessageBuffer,
-    /// Addresses of faults just read; empty in between.
-    faults: Vec<u64>,
+    /// Faults just read, and whether each is a write to a protected page; empty in between.
+    faults: Vec<(u64, bool)>,
     poll: Duration,
+    /// No polling before this moment: others need the processor.
+    crowded: Instant,
     neighbour: Neighbour,
     next_life_sign: Instant,
     /// Whether the last fork found no room for its descriptor.
@@ -172,18 +179,29 @@ impl Loop<'_> {
                     for event in messages {
                         read += 1;
                         match event {
-                            Event::Fault { address, .. } => {
-                                faults.push(address);
+                            Event::Fault { address, flags, .. } => {
+                                faults.push((address, Cause::of(flags) == Cause::WriteProtected));
                                 continue;
                             }
                             Event::Remove { start, end } => {
                                 regions.remove(start, end);
                                 target.huge_given_back(start, end);
+                                target.tell(self.shared, Happening::Remove(start, end));
                             }
-                            Event::Unmap { start, end } => regions.unmap(start, end),
-                            Event::Remap { from, to, len } => regions.remap(from, to, len),
+                            Event::Unmap { start, end } => {
+                                regions.unmap(start, end);
+                                target.tell(self.shared, Happening::Unmap(start, end));
+                            }
+                            Event::Remap { from, to, len } => {
+                                regions.remap(from, to, len);
+                                target.tell(self.shared, Happening::Remap(from, to, len));
+                            }
                             // The child has what the parent has at this moment.
-                            Event::Fork(uffd) => children.push((uffd, regions.clone())),
+                            Event::Fork(uffd) => {
+                                let child = self.shared.number();
+                                target.tell(self.shared, Happening::Fork(child));
+                                children.push((child, uffd, regions.clone()));
+                            }
                             Event::Unknown(code) => {
                                 self.shared.report(&format!("unknown userfaultfd event {code:#x}"));
                             }
@@ -197,15 +215,15 @@ impl Loop<'_> {
             }
         }
         drop(regions);
-        for (uffd, regions) in children {
-            self.adopt(target, uffd, regions);
+        for (child, uffd, regions) in children {
+            self.adopt(target, child, uffd, regions);
         }
         let any = !faults.is_empty();
         if any {
             self.neighbour.faults(target, faults.len(), now);
         }
-        for address in faults.drain(..) {
-            let fault = target.fault(address, now);
+        for (address, protected) in faults.drain(..) {
+            let fault = target.fault(address, protected, now);
             match target.beacon == Some(fault.address) {
                 // A child asks who it is: no fault of the template's memory.
                 true => target.answer_beacon(self.shared, fault),
@@ -235,7 +253,13 @@ impl Loop<'_> {
         any
     }
 
-    fn adopt(&self, parent: &Arc<Target>, uffd: uffd::Userfaultfd, regions: RegionMap) {
+    fn adopt(
+        &self,
+        parent: &Arc<Target>,
+        id: TargetId,
+        uffd: uffd::Userfaultfd,
+        regions: RegionMap,
+    ) {
         // Kept until it is known that the child is served: without a holder it would read zeros.
         let (spare, ranges) = (uffd.try_clone(), regions.clone());
         let child = NewTarget {
@@ -246,9 +270,10 @@ impl Loop<'_> {
             regions,
             beacon: parent.beacon,
             page_size: parent.page_size,
+            owner: None,
             connection: None,
         };
-        let Err(error) = self.shared.add(Some(parent.id), child) else { return };
+        let Err(error) = self.shared.add(id, Some(parent.id), child) else { return };
         let message = format!(
             "a child of target {} cannot be served: {error}; its missing pages are poisoned",
             parent.id
@@ -284,6 +309,9 @@ impl Loop<'_> {
     /// Gives up the moment anybody else wants something.
     fn keep_polling(&mut self, target: &Arc<Target>) {
         let mut now = Instant::now();
+        if now < self.crowded && !self.neighbour.stays() {
+            return;
+        }
         let (mut until, mut look_around) = (now + self.poll, now + LOOK_AROUND);
         let (mut hits, mut missed) = (0, 0);
         while now < until && !self.shared.stopped.load(Relaxed) {
@@ -306,9 +334,11 @@ impl Loop<'_> {
                 // The target may need this very CPU to get to its next fault.
                 std::thread::yield_now();
             }
-            now = Instant::now();
+            let before = std::mem::replace(&mut now, Instant::now());
             if hit {
                 until = now + self.poll;
+            } else if now - before > LONGEST_POLL {
+                self.crowded = now + CROWDED;
             }
         }
         self.poll = match hits {

@@ -11,15 +11,16 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, Rw
 use std::time::{Duration, Instant};
 
 use rustix::process::{pidfd_send_signal, Signal};
-use uffd::{Errno, Userfaultfd};
+use uffd::{Errno, Progress, Userfaultfd};
 
+use super::deputy::{Answer, Passed};
 use super::locality::{Locality, Window};
 use super::outcome::Outcome;
 use super::region::{Belongs, RegionMap};
 use super::Shared;
 use crate::backend::{Backend, Resolution};
 use crate::error::Error;
-use crate::page::{find, PAGE};
+use crate::page::{find, Run, PAGE};
 use crate::template::{Template, Waiter, Want};
 
 /// Number of a target, never used twice by a server.
@@ -27,6 +28,17 @@ pub type TargetId = u64;
 
 /// How long a fault may be refused by the kernel before it is given up.
 const REFUSAL_DEADLINE: Duration = Duration::from_secs(10);
+
+/// Somebody who is told what cannot be had, before whoever touches it finds out. On the engine's
+/// threads: it must not wait.
+pub trait Owner: Send + Sync + std::fmt::Debug {
+    /// The page at `address` cannot be had, and is poisoned next.
+    fn lost(&self, address: u64, error: &Arc<Error>);
+
+    /// The kernel cannot poison. Where the memory is this process's own: makes touching the page at
+    /// `address` raise SIGBUS by other means. Says whether it did; else the target is killed.
+    fn bar(&self, address: u64) -> bool;
+}
 
 /// A process whose faults are served.
 #[derive(Debug)]
@@ -52,14 +64,20 @@ pub struct Target {
     locality: Mutex<Locality>,
     /// Addresses of the huge pages that were filled, and not given back since.
     filled_huge: Mutex<HashSet<u64>>,
-    /// Faults that the kernel refused for now, by address.
-    deferred: Mutex<BTreeMap<u64, Fault>>,
+    /// Faults that the kernel refused for now, by address and kind.
+    deferred: Mutex<BTreeMap<(u64, bool), Fault>>,
     pub(super) faults: AtomicU64,
     /// How many there were when pages last came ahead of demand.
     pub(super) faults_before: AtomicU64,
     /// Pages that came ahead of demand.
     pub(super) ahead: AtomicU64,
-    gone: AtomicBool,
+    pub(super) gone: AtomicBool,
+    owner: Option<Arc<dyn Owner>>,
+    /// Whether a deputy is called on: asked at every fault.
+    pub(super) relayed: AtomicBool,
+    /// Which pages of the template are the deputy's, in whole pages of the target. Changes with the
+    /// region map held.
+    pub(super) claims: Mutex<Arc<[Run]>>,
     /// The client's connection, if it is to be open as long as the target lives.
     _connection: Option<OwnedFd>,
 }
@@ -84,7 +102,11 @@ pub(super) struct Fault {
     /// Not before this moment again.
     pub(super) due: Instant,
     /// Why its page cannot be had, if so.
-    failure: Option<Arc<Error>>,
+    pub(super) failure: Option<Arc<Error>>,
+    /// Whether it is a write to a page that is there, and write-protected.
+    pub(super) protected: bool,
+    /// What a deputy says of it, and of which page.
+    pub(super) answer: Option<Arc<(u64, Answer)>>,
     /// The window chosen for it, once chosen.
     window: Option<Window>,
     /// How old it was when it was last tried, if nothing can be known after that: the thread that is
@@ -116,6 +138,8 @@ pub struct NewTarget {
     pub beacon: Option<u64>,
     /// Bytes of the target's own pages: 4096, or 2 MiB for hugetlb.
     pub page_size: u64,
+    /// Who is told what cannot be had.
+    pub owner: Option<Arc<dyn Owner>>,
     /// The client's connection, if it is to be open as long as the target lives.
     pub connection: Option<OwnedFd>,
 }
@@ -146,6 +170,9 @@ impl Target {
             faults_before: AtomicU64::new(0),
             ahead: AtomicU64::new(0),
             gone: AtomicBool::new(false),
+            relayed: AtomicBool::new(false),
+            claims: Mutex::new(Arc::new([])),
+            owner: new.owner,
             _connection: new.connection,
         }
     }
@@ -153,6 +180,11 @@ impl Target {
     /// The process id, where known. (A process of another pid namespace has none here.)
     pub fn pid(&self) -> Option<i32> {
         lock(&self.process).as_ref().map(|process| process.pid).filter(|pid| *pid != 0)
+    }
+
+    /// Faults read from it.
+    pub fn faults(&self) -> u64 {
+        self.faults.load(Relaxed)
     }
 
     /// Whether pages can be put there ahead of demand: not where the target maps the template's file.
@@ -198,7 +230,7 @@ impl Target {
     }
 
     /// A fault that was read now.
-    pub(super) fn fault(&self, address: u64, now: Instant) -> Fault {
+    pub(super) fn fault(&self, address: u64, protected: bool, now: Instant) -> Fault {
         Fault {
             address: address & !(self.page_size - 1),
             born: now,
@@ -207,6 +239,8 @@ impl Target {
             refused: None,
             due: now,
             failure: None,
+            protected,
+            answer: None,
             window: None,
             age: None,
         }
@@ -243,6 +277,13 @@ impl Target {
         }
     }
 
+    /// Takes all memory from it: who fills holds the map of regions, and finds nothing from now on.
+    pub(super) fn release(&self) {
+        let mut regions = self.regions_mut();
+        self.gone.store(true, Relaxed);
+        *regions = RegionMap::default();
+    }
+
     /// When the next deferred fault is due.
     pub(super) fn next_due(&self) -> Option<Instant> {
         lock(&self.deferred).values().map(|fault| fault.due).min()
@@ -258,16 +299,32 @@ impl Target {
     pub(super) fn serve(self: &Arc<Self>, shared: &Arc<Shared>, mut fault: Fault) {
         fault.age = shared.placement.stays_somewhere().then(|| fault.born.elapsed());
         if let Some(error) = fault.failure.clone() {
-            return self.give_up(shared, fault, error);
+            if let Some(fault) = self.pass_on_declined(shared, fault) {
+                self.give_up(shared, fault, error);
+            }
+            return;
+        }
+        if fault.protected {
+            return self.serve_protected(shared, fault);
         }
         if self.beacon == Some(fault.address) {
             return self.answer_beacon(shared, fault);
         }
         let regions = self.regions();
-        let Some(place) = regions.find(fault.address) else {
+        let Some(mut place) = regions.find(fault.address) else {
             drop(regions);
             return self.nothing_known(shared, fault);
         };
+        if self.is_relayed() || fault.answer.is_some() {
+            match self.pass_on(shared, fault, place) {
+                Passed::Taken => return,
+                Passed::Answered(fault, resolution) => {
+                    drop(regions);
+                    return self.settle(shared, fault, resolution);
+                }
+                Passed::Ours(ours, part) => (fault, place) = (ours, part),
+            }
+        }
         let resolution = match place.belongs {
             Belongs::Zero => {
                 let pages = self.locality().zeros(fault.address / PAGE);
@@ -286,16 +343,18 @@ impl Target {
                     let usual = self.locality().window(fault.address / PAGE, page);
                     self.window(usual, page)
                 });
-                let filled = match find(self.template.zero_runs(), page) {
+                let (put, filled) = match find(self.template.zero_runs(), page) {
                     Some(zero) => {
                         let pages = window.zeros.min(zero.end() - page);
                         let bytes = place.bytes.min(pages * PAGE);
-                        Some(self.zero(fault.address, bytes))
+                        let put = Run { start: page, pages: bytes / PAGE };
+                        (put, Some(self.zero(fault.address, bytes)))
                     }
-                    None => self.fill(fault.address, page, place, window.fill),
+                    None => (window.fill, self.fill(fault.address, page, place, window.fill)),
                 };
                 if let Some(resolution) = filled {
                     drop(regions);
+                    self.spread(shared, resolution, put);
                     return self.settle(shared, fault, resolution);
                 }
                 match self.template.want(page, window.fetch, || self.waiter(shared, &fault)) {
@@ -363,6 +422,7 @@ impl Target {
         resolution: Resolution,
     ) {
         let outcome = match resolution {
+            Resolution::Copied | Resolution::Zeroed if fault.is_relayed() => Outcome::Relayed,
             Resolution::Copied => Outcome::Copied,
             Resolution::Shared => Outcome::Shared,
             Resolution::Zeroed => Outcome::Zeroed,
@@ -404,7 +464,7 @@ impl Target {
         if self.gone.load(Relaxed) {
             return shared.count(Outcome::Abandoned, &fault);
         }
-        match deferred.entry(fault.address) {
+        match deferred.entry((fault.address, fault.protected)) {
             Entry::Vacant(entry) => {
                 entry.insert(fault);
             }
@@ -412,6 +472,7 @@ impl Target {
                 let first = entry.get_mut();
                 first.joined += 1 + fault.joined;
                 first.failure = first.failure.take().or(fault.failure);
+                first.answer = first.answer.take().or(fault.answer);
             }
         }
         shared.deferred.store(true, Release);
@@ -426,7 +487,25 @@ impl Target {
         mut fault: Fault,
         error: Arc<Error>,
     ) {
+        // Held meanwhile: what was released is not poisoned, whoever has those addresses then.
+        let regions = self.regions();
+        if self.gone.load(Relaxed) {
+            return shared.count(Outcome::Abandoned, &fault);
+        }
+        if let Some(owner) = &self.owner {
+            owner.lost(fault.address, &error);
+        }
         let progress = self.uffd.poison(fault.address, self.page_size);
+        let barred = || self.owner.as_ref().is_some_and(|owner| owner.bar(fault.address));
+        let progress = match progress.errno {
+            None | Some(Errno::EXIST | Errno::NOENT | Errno::SRCH | Errno::AGAIN) => progress,
+            Some(_) if barred() => {
+                let _ = self.uffd.wake(fault.address, self.page_size);
+                Progress { done: self.page_size as usize, errno: None }
+            }
+            Some(_) => progress,
+        };
+        drop(regions);
         let resolution = match progress.errno {
             None => {
                 self.report(shared, &fault, &error, "poisoned: touching it raises SIGBUS");
@@ -515,7 +594,7 @@ pub(crate) fn kill(pid: i32, pidfd: impl AsFd) -> Result<bool, String> {
     }
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     // A panic while one of these is held leaves plain data in a usable state.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
