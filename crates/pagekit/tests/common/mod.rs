@@ -331,13 +331,25 @@ pub fn playing(role: &str) -> bool {
     std::env::var_os(ROLE).is_some_and(|playing| playing == role)
 }
 
-/// A hanging test must not hang the whole run: the process ends itself, loudly. PAGEKIT_TEST_SECONDS
-/// is how long it may take on machines that are slow.
+/// What PAGEKIT_TEST_SECONDS says: how long this program may take on a machine that is slow.
+fn given_time() -> Option<Duration> {
+    let given = std::env::var("PAGEKIT_TEST_SECONDS").ok()?;
+    given.parse().ok().map(Duration::from_secs)
+}
+
+/// So many repetitions, or the tenth of it where instructions are emulated.
+pub fn repetitions(usual: u64) -> u64 {
+    match given_time() {
+        Some(_) => usual / 10,
+        None => usual,
+    }
+}
+
+/// A hanging test must not hang the whole run: the process ends itself, loudly.
 fn watch() {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| {
-        let given = std::env::var("PAGEKIT_TEST_SECONDS").ok().and_then(|text| text.parse().ok());
-        let limit = given.map_or(3 * PATIENCE, Duration::from_secs);
+        let limit = given_time().unwrap_or(3 * PATIENCE);
         std::thread::spawn(move || {
             std::thread::sleep(limit);
             let _ = writeln!(io::stderr(), "a test hangs: giving up");
