@@ -63,10 +63,10 @@ WITHOUT_A_KERNEL = {"pagekit/any_bytes"}
 MODULES = ("fuse", "loop", "ext4")
 """Kernel modules for the tests: mounts, and a file system on something like a disk."""
 
-LIMIT = 300
+LIMIT = 600
 """Seconds that one program may take, on the guest's clock."""
 
-SILENCE = 360.0
+SILENCE = 660.0
 """Seconds without a word after which a guest hangs; more than LIMIT."""
 
 BAD_WORDS = re.compile(

@@ -205,7 +205,7 @@ impl Vmm {
     }
 
     fn page(&self, page: u64) -> Vec<u8> {
-        (0..PAGE).map(|at| touch(self.at(page) + at)).collect()
+        touch_all(self.at(page))
     }
 
     /// Its target, once the server has it.

@@ -65,13 +65,19 @@ pub const BOTH: [&str; 2] = ["copy", "share"];
 
 /// The content of a page of every template file: never zero, different on every page.
 pub fn content(page: u64) -> Vec<u8> {
-    let word =
-        |at: u64| ((page * 512 + at + 1).wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1).to_ne_bytes();
-    (0..PAGE / 8).flat_map(word).collect()
+    let mut bytes = Vec::with_capacity(PAGE as usize);
+    for at in 0..PAGE / 8 {
+        bytes.extend_from_slice(&word(page, at));
+    }
+    bytes
+}
+
+fn word(page: u64, at: u64) -> [u8; 8] {
+    ((page * 512 + at + 1).wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1).to_ne_bytes()
 }
 
 pub fn first_byte(page: u64) -> u8 {
-    content(page)[0]
+    word(page, 0)[0]
 }
 
 /// A template file of `pages` pages, of which those of `holes` were never written.
@@ -241,7 +247,7 @@ impl Served {
 
     /// The whole page, read by this thread.
     pub fn page(&self, page: u64) -> Vec<u8> {
-        (0..PAGE).map(|at| touch(self.at(page) + at)).collect()
+        touch_all(self.at(page))
     }
 }
 
@@ -257,6 +263,12 @@ impl Drop for Served {
 pub fn touch(address: u64) -> u8 {
     // SAFETY: the test maps the address; the read may wait for a fault to be served.
     unsafe { std::ptr::read_volatile(address as *const u8) }
+}
+
+/// The page at an address, read by this thread.
+pub fn touch_all(address: u64) -> Vec<u8> {
+    // SAFETY: the test maps the whole page; the read may wait for its fault.
+    unsafe { std::ptr::read_volatile(address as *const [u8; PAGE as usize]) }.to_vec()
 }
 
 pub fn put(address: u64, value: u8) {
