@@ -383,6 +383,7 @@ fn served_process(role: &str, template: &Arc<Template>) -> (ExitStatus, Arc<Engi
         regions: RegionMap::new(start, template.whole()),
         beacon: None,
         page_size: PAGE,
+        owner: None,
         connection: None,
     };
     engine.add(new).unwrap();
