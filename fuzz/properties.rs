@@ -5,6 +5,7 @@
 
 use pagekit::page::PAGE;
 use pagekit::wire::firecracker::{Handshake, Incoming};
+use pagekit::wire::relay::{self, Message};
 use pagekit::working_set::WorkingSet;
 
 /// A handshake: an error, or regions inside the template that do not overlap; and the same in whatever
@@ -30,6 +31,24 @@ pub fn firecracker_handshake(bytes: &[u8]) {
         assert!(region.run.bytes() % handshake.page_size == 0);
         last = region.start.checked_add(region.run.bytes()).expect("it ends in its address space");
     }
+}
+
+/// A message of the relay: malformed, or the bytes of the one message that it is. What it claims rises.
+pub fn relay_message(bytes: &[u8]) {
+    let check = |bytes: &[u8]| {
+        let Ok(message) = Message::decode(bytes) else { return };
+        assert_eq!(message.encode(), bytes);
+        if let Message::Claim(claim) = message {
+            assert!(claim.runs.len() <= relay::MOST_RUNS);
+            assert!(claim.runs.windows(2).all(|two| two[0].end() < two[1].start));
+            assert!(claim.runs.iter().all(|run| run.pages > 0 && run.end() <= u64::MAX / PAGE));
+        }
+    };
+    check(bytes);
+    // Begun rightly: nothing would get past the beginning otherwise.
+    let mut begun = b"pkrl\x01".to_vec();
+    begun.extend(bytes.strip_prefix(b"pkrl\x01").unwrap_or(bytes));
+    check(&begun);
 }
 
 /// The file of a working set: refused, or the file of the one set that it stands for.

@@ -21,9 +21,11 @@ from typing import TYPE_CHECKING, Any
 from . import errors
 
 if TYPE_CHECKING:
+    from . import relay as relay
     from . import sandbox as sandbox
     from .client import owner_environment, plain_environment, shim_path
     from .mapping import Map, map
+    from .relay import Relay
     from .server import Mount, Server
     from .template import Template
     from .working_set import Recording, Replay, WorkingSet
@@ -34,6 +36,7 @@ __all__ = [
     "Map",
     "Mount",
     "Recording",
+    "Relay",
     "Replay",
     "Server",
     "Template",
@@ -42,6 +45,7 @@ __all__ = [
     "map",
     "owner_environment",
     "plain_environment",
+    "relay",
     "sandbox",
     "shim_path",
 ]
@@ -52,6 +56,7 @@ _LAZY = {
     "map": "mapping",
     "Mount": "server",
     "Recording": "working_set",
+    "Relay": "relay",
     "Replay": "working_set",
     "WorkingSet": "working_set",
     "Server": "server",
@@ -59,6 +64,7 @@ _LAZY = {
     "owner_environment": "client",
     "plain_environment": "client",
     "shim_path": "client",
+    "relay": None,
     "sandbox": None,
 }
 

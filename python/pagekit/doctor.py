@@ -9,9 +9,12 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from .errors import PagekitError
+
+if TYPE_CHECKING:
+    from . import uffd
 
 State = Literal["yes", "limited", "no"]
 
@@ -43,6 +46,16 @@ def examine() -> list[Check]:
     return [*checks, _qemu(), _kvm(), _guest(), _memory(), _mappings()]
 
 
+def userfaultfd() -> uffd.Support | None:
+    """Every feature of userfaultfd, and whether it can be used; None without a core to look."""
+    try:
+        from . import uffd
+
+        return uffd.support()
+    except PagekitError:
+        return None
+
+
 def can_serve(checks: list[Check]) -> bool:
     """Whether the main job works: served forks, not only plain mappings."""
     served = {check.name: check.state for check in checks}
@@ -68,10 +81,17 @@ def _core() -> Check:
 
 
 def _userfaultfd() -> list[Check]:
+    from . import uffd
     from ._native import core
 
     way, features, fork_events, reason, hint = core().probe()
     served = "serving memory on demand (without: plain mappings, loaded whole where they must be)"
+    if way is None and uffd.support().has("USER_MODE_ONLY"):
+        found = (
+            f"{reason}; what works is pagekit.uffd with user_mode_only=True: faults of the program"
+            " itself, while system calls that meet a missing page fail with EFAULT"
+        )
+        return [Check("userfaultfd", "limited", found, served, hint or "")]
     if way is None:
         return [Check("userfaultfd", "no", reason or "", served, hint or "")]
     checks = [Check("userfaultfd", "yes", f"by {way}, {len(features)} features", served)]

@@ -2,25 +2,28 @@
 
 ::
 
-    PagekitError                      .hint .retryable .exit_code
-    ├─ UsageError(ValueError)         an impossible stack, a wrong option or argument
-    ├─ KernelError(OSError)           the kernel refused or lacks something
-    │  ├─ Unsupported                 this system or kernel cannot do it, whoever asks
-    │  └─ PermissionDenied            it could, but not for this user; the hint names the knob
-    ├─ SourceError(OSError)           the place the pages come from failed
-    │  ├─ Missing                     there is nothing at that place
-    │  └─ Unavailable                 it exists, but could not be read now
-    ├─ IntegrityError                 bytes are not what they must be; never retried
-    ├─ ServerError(OSError)           the server could not be started or reached
-    │  └─ AddressInUse                another server answers on this socket
-    └─ SandboxError                   a sandbox driver could not do its work
-       ├─ QemuMissing                 no QEMU program, or one that does not start
-       ├─ GuestMissing                no kernel or initramfs to boot
-       ├─ BootFailed                  the guest or its VMM did not come up in time
-       ├─ ForkDied                    a running sandbox ended; the message says why
-       ├─ AgentError                  the program in the guest did not answer as it must
-       ├─ CodeError                   code that ran in a sandbox raised; its traceback is kept
-       └─ SnapshotError               a snapshot directory is damaged or cannot be made
+    PagekitError                       .hint .retryable .exit_code
+    ├─ UsageError(ValueError)          an impossible stack, a wrong option or argument
+    ├─ KernelError(OSError)            the kernel refused or lacks something
+    │  ├─ Unsupported                  this system or kernel cannot do it, whoever asks
+    │  └─ PermissionDenied             it could, but not for this user; the hint names the knob
+    ├─ SourceError(OSError)            the place the pages come from failed
+    │  ├─ Missing                      there is nothing at that place
+    │  ├─ Unavailable                  it exists, but could not be read now
+    │  ├─ SourceTimeout(TimeoutError)  it did not answer in the time it has
+    │  └─ CallbackError                a callback raised, or gave something else than pages
+    ├─ IntegrityError                  bytes are not what they must be; never retried
+    ├─ ServerError(OSError)            the server could not be started or reached
+    │  ├─ AddressInUse                 another server answers on this socket
+    │  └─ RelayError                   no relay, or it does not want this second handler any more
+    └─ SandboxError                    a sandbox driver could not do its work
+       ├─ QemuMissing                  no QEMU program, or one that does not start
+       ├─ GuestMissing                 no kernel or initramfs to boot
+       ├─ BootFailed                   the guest or its VMM did not come up in time
+       ├─ ForkDied                     a running sandbox ended; the message says why
+       ├─ AgentError                   the program in the guest did not answer as it must
+       ├─ CodeError                    code that ran in a sandbox raised; its traceback is kept
+       └─ SnapshotError                a snapshot directory is damaged or cannot be made
 
 A builtin is the second base where callers would already catch it. The text says what failed, on
 what, and why, in lower case; what to do next is in ``hint``. ``exit_code`` is what the command line
@@ -83,6 +86,23 @@ class Unavailable(SourceError):
     retryable = True
 
 
+class SourceTimeout(SourceError, TimeoutError):
+    """The source did not answer in the time it has; it would be as slow again."""
+
+
+class CallbackError(SourceError):
+    """A callback raised, or gave something else than pages; it would do so again.
+
+    ``__cause__`` is what it raised, or, where that cannot be brought here from the process that
+    runs callbacks, a :class:`RuntimeError` with its ``repr``; None if nothing was raised.
+    ``traceback`` is what Python printed about it there.
+    """
+
+    def __init__(self, message: str, *, hint: str | None = None, traceback: str = "") -> None:
+        super().__init__(message, hint=hint)
+        self.traceback = traceback
+
+
 class IntegrityError(PagekitError):
     """Bytes are not what they must be; never retried on the same copy."""
 
@@ -97,6 +117,10 @@ class ServerError(PagekitError, OSError):
 
 class AddressInUse(ServerError):
     """Another server answers on this socket."""
+
+
+class RelayError(ServerError):
+    """No relay can be reached, or it does not want this second handler, or no more."""
 
 
 class SandboxError(PagekitError):

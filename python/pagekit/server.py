@@ -64,6 +64,8 @@ class Server:
         mount: directory in which the memory is to be a file (see :attr:`mount_path`), or a
             :class:`Mount` that says more. It is shared by all who map it, as with ``share``, and
             they need not trust each other.
+        relay: path of a socket at which second handlers connect (:class:`pagekit.Relay`), which
+            answer for parts of the memory. Not a way in by itself.
         backend: how programs with the shim get the memory: ``share``, ``copy``, ``plain``, or
             ``auto``, which takes the best that works here (see :attr:`backend`, :attr:`reason`).
         owner: user id, or (user id, group id), to give sockets and file to: the one that the
@@ -86,6 +88,7 @@ class Server:
         *,
         firecracker: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = (),
         mount: str | os.PathLike[str] | Mount | None = None,
+        relay: str | os.PathLike[str] | None = None,
         backend: str = "auto",
         owner: int | tuple[int, int] | None = None,
         mode: int = 0o600,
@@ -98,6 +101,7 @@ class Server:
         self.template = template
         self.socket = None if socket is None else Path(socket)
         self.firecracker = [Path(path) for path in firecracker]
+        self.relay = None if relay is None else Path(relay)
         ways = {
             "socket": self.socket,
             "firecracker": self.firecracker,
@@ -105,6 +109,7 @@ class Server:
             "owner": (owner, None) if isinstance(owner, int) else owner,
             "mode": mode,
             "allow": list(allow),
+            "relay": self.relay,
             "mount": mount and {**vars(mount), "directory": Path(mount.directory)},
         }
         self._core = core().Server(template._core, ways)

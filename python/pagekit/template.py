@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from ._native import core
+from .callback import Callback, source_of
 from .working_set import Recording, Replay, WorkingSet
 
 PAGE_SIZE = 4096
@@ -20,20 +21,38 @@ class Template:
     A page is fetched once, whoever asks for it, and kept for all forks until :meth:`close`.
 
     Args:
-        spec: where the pages come from: ``file:PATH`` or ``zero:SIZE``.
+        spec: where the pages come from: ``file:PATH``, ``zero:SIZE``, or
+            ``python:MODULE:FUNCTION:SIZE[,timeout=30s]``; or that function itself.
+        size: bytes, a multiple of :attr:`page_size`; with a function only.
         layers: pieces around the source, outermost first: ``stats``, ``delay=2ms,1GB/s,16``
             (a store that far away, that fast, with so many requests at once), ``fail=3``, ``pass``.
         deadline: seconds after which a page is given up whose fetch still fails.
 
+    A function is called with (offset, length), multiples of the page size, and returns exactly so
+    many bytes (any object with a buffer), or None for zeros: the same ones whenever it is asked. It
+    runs in a helper process, a fresh interpreter that imports its module; never in this one, where
+    a thread that waits for a page may hold the GIL. One call is under way at a time.
+
     Raises:
-        UsageError: a spec that means nothing, or a file that is no memory image.
+        UsageError: a spec that means nothing, a file that is no memory image, or a function that a
+            helper process cannot import.
         Missing: there is no such file.
+        CallbackError: the module of a function raises when it is imported.
+        SourceTimeout: it is not imported in time.
         Unsupported: not Linux, or pages of another size than 4096 bytes.
 
     Threads: every method may be called from any thread; those that fetch give up the GIL meanwhile.
     """
 
-    def __init__(self, spec: str, *, layers: Sequence[str] = (), deadline: float = 5.0) -> None:
+    def __init__(
+        self,
+        spec: str | Callback,
+        *,
+        size: int | None = None,
+        layers: Sequence[str] = (),
+        deadline: float = 5.0,
+    ) -> None:
+        spec = source_of(spec, size)
         self._core = core().Template(spec, list(layers), deadline)
         self.spec = spec
         self.layers = tuple(layers)
@@ -50,6 +69,9 @@ class Template:
         Raises:
             UsageError: it reaches beyond the template.
             SourceError: a fetch failed until the deadline.
+            CallbackError: the function that makes the page raised (that is the ``__cause__``), or
+                returned something else than so many bytes.
+            SourceTimeout: it did not return in time.
             IntegrityError: the source was cut short, or the template is damaged.
         """
         return bytes(self._core.read(offset, length))

@@ -3,6 +3,8 @@
 //! Every call that can wait gives up the GIL; the engine's threads never take it.
 
 mod map;
+mod relay;
+mod uffd;
 
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
@@ -32,6 +34,8 @@ fn raised(py: Python<'_>, error: &Error) -> PyErr {
         Error::Kernel { .. } => "KernelError",
         Error::Missing { .. } => "Missing",
         Error::Unavailable { .. } => "Unavailable",
+        Error::Callback { .. } => "CallbackError",
+        Error::Timeout { .. } => "SourceTimeout",
         Error::Integrity { .. } => "IntegrityError",
         Error::AddressInUse { .. } => "AddressInUse",
     };
@@ -39,9 +43,33 @@ fn raised(py: Python<'_>, error: &Error) -> PyErr {
         let class = py.import("pagekit.errors")?.getattr(class)?;
         let arguments = pyo3::types::PyDict::new(py);
         arguments.set_item("hint", error.hint())?;
-        Ok(PyErr::from_value(class.call((error.to_string(),), Some(&arguments))?))
+        let mut cause = None;
+        if let Error::Callback { message, traceback, pickled } = error {
+            arguments.set_item("traceback", traceback)?;
+            if !traceback.is_empty() {
+                let original = py.import("pagekit.callback")?.getattr("original")?;
+                cause = Some(original.call1((PyBytes::new(py, pickled), message))?);
+            }
+        }
+        let raised = PyErr::from_value(class.call((error.to_string(),), Some(&arguments))?);
+        raised.set_cause(py, cause.map(PyErr::from_value));
+        Ok(raised)
     };
     build().unwrap_or_else(|failure| failure)
+}
+
+/// Callbacks run in the Python that we run in, and find the modules that can be found here.
+fn use_this_interpreter(py: Python<'_>) -> PyResult<()> {
+    let sys = py.import("sys")?;
+    // None, or empty, where Python is part of another program.
+    let executable: Option<PathBuf> = sys.getattr("executable")?.extract()?;
+    if let Some(executable) = executable.filter(|path| !path.as_os_str().is_empty()) {
+        // A path with strange entries is passed on without them: who needs none must not fail.
+        let entries: Vec<Bound<'_, PyAny>> = sys.getattr("path")?.extract()?;
+        let path = entries.iter().filter_map(|entry| entry.extract().ok()).collect();
+        pagekit::stack::set_interpreter(executable, path);
+    }
+    Ok(())
 }
 
 fn closed() -> PyErr {
@@ -83,6 +111,7 @@ impl Template {
     fn new(py: Python<'_>, spec: &str, layers: Vec<String>, deadline: f64) -> PyResult<Template> {
         let deadline = Duration::try_from_secs_f64(deadline)
             .map_err(|error| PyValueError::new_err(format!("deadline: {error}")))?;
+        use_this_interpreter(py)?;
         let opened = py.detach(|| template::Template::open(spec, &layers, &delivery(), deadline));
         let template = opened.map_err(|error| raised(py, &error))?;
         Ok(Template(Open::new(template)))
@@ -268,6 +297,7 @@ struct Ways {
     mode: u32,
     allow: Vec<u32>,
     mount: Option<MountPoint>,
+    relay: Option<PathBuf>,
 }
 
 /// A dictionary of what [`server::mount::Options`] has.
@@ -306,7 +336,7 @@ impl Server {
     #[new]
     fn new(py: Python<'_>, template: &Template, ways: Ways) -> PyResult<Server> {
         let template = template.get()?;
-        let Ways { socket, firecracker, backend, owner, mode, allow, mount } = ways;
+        let Ways { socket, firecracker, backend, owner, mode, allow, mount, relay } = ways;
         let mount = mount.map(|mount| mount.options(owner)).transpose();
         let mount = mount.map_err(|error| raised(py, &error))?;
         let address = |path| server::Address { path, owner, mode, allow: allow.clone() };
@@ -314,6 +344,7 @@ impl Server {
             shim: socket.map(address),
             firecracker: firecracker.into_iter().map(address).collect(),
             mount,
+            relay: relay.map(address),
             backend,
         };
         let server = py
@@ -376,6 +407,8 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<Recording>()?;
     module.add_class::<Replay>()?;
     module.add_class::<map::Map>()?;
+    module.add_class::<relay::Relay>()?;
     module.add_function(wrap_pyfunction!(probe, module)?)?;
+    uffd::add_to(module)?;
     Ok(())
 }

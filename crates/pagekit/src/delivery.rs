@@ -159,7 +159,7 @@ fn explain(by_call: &io::Error, by_device: Option<&io::Error>) -> Refusal {
         None => "/dev/userfaultfd refuses to make one",
     };
     let (reason, hint) = match by_call.raw_os_error() {
-        Some(libc::ENOSYS) if seccomp_filter() => (
+        Some(libc::ENOSYS) if uffd::filtered() => (
             "a seccomp filter refuses userfaultfd(2) (the call answers ENOSYS)".to_owned(),
             "allow userfaultfd in the filter (docker run --security-opt seccomp=FILE), or hand \
              /dev/userfaultfd in",
@@ -174,7 +174,7 @@ fn explain(by_call: &io::Error, by_device: Option<&io::Error>) -> Refusal {
              /dev/userfaultfd in",
         ),
         Some(libc::EPERM) => (
-            match seccomp_filter() {
+            match uffd::filtered() {
                 false => format!("userfaultfd(2) is not permitted to this user, and {device}"),
                 true => format!(
                     "userfaultfd(2) is not permitted to this user (the seccomp filter of this \
@@ -199,11 +199,6 @@ fn userfaultfd_allowed() -> bool {
     status_field("CapEff:")
         .and_then(|hex| u64::from_str_radix(&hex, 16).ok())
         .is_some_and(|set| set >> CAP_SYS_PTRACE & 1 == 1)
-}
-
-/// Whether a seccomp filter is installed on this process.
-fn seccomp_filter() -> bool {
-    status_field("Seccomp:").is_some_and(|mode| mode == "2")
 }
 
 fn status_field(name: &str) -> Option<String> {

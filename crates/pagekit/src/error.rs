@@ -55,6 +55,24 @@ pub enum Error {
         /// Why it failed.
         error: io::Error,
     },
+    /// A callback of the user's raised, or gave something else than pages; it would do so again.
+    #[error("{message}")]
+    Callback {
+        /// Which one, for which pages, and what it did.
+        message: String,
+        /// What Python printed about it where it ran; empty if nothing was raised.
+        traceback: String,
+        /// The exception, as Python pickled it; empty if it could not.
+        pickled: Vec<u8>,
+    },
+    /// The source did not answer in the time it has; it would be as slow again.
+    #[error("{message}")]
+    Timeout {
+        /// What was asked for, and the time.
+        message: String,
+        /// What to do.
+        hint: String,
+    },
     /// Bytes are not what they must be; no other try can succeed.
     #[error("{message}")]
     Integrity {
@@ -78,6 +96,7 @@ impl Error {
             Error::Usage { hint, .. }
             | Error::Unsupported { hint, .. }
             | Error::Permission { hint, .. }
+            | Error::Timeout { hint, .. }
             | Error::AddressInUse { hint, .. } => {
                 Some(hint).filter(|h| !h.is_empty()).map(|h| &**h)
             }
@@ -102,6 +121,7 @@ impl Error {
             Error::Unsupported { .. } | Error::Kernel { .. } => 3,
             Error::Permission { .. } => 4,
             Error::Missing { .. } | Error::Unavailable { .. } => 6,
+            Error::Callback { .. } | Error::Timeout { .. } => 6,
             Error::Integrity { .. } => 7,
             Error::AddressInUse { .. } => 8,
         }

@@ -4,7 +4,7 @@
 //! |---|---|---|
 //! | [`page`], [`page_set`], [`error`], [`thread`] | pages, runs, sets of pages, errors, threads | nothing of ours |
 //! | [`process`] | which process this is, after a fork | error |
-//! | [`source`], [`layer`] | where bytes come from; what wraps them | page, error |
+//! | [`source`], [`layer`] | where bytes come from; what wraps them | page, error, thread |
 //! | [`stack`] | spec strings into stacks; names every source and layer | source, layer |
 //! | [`working_set`] | pages demanded before "ready": recording, union, file | page, source |
 //! | [`delivery`] | what userfaultfd can do for this process | `uffd` |
@@ -15,6 +15,7 @@
 //! | [`door`] | the Unix sockets at which clients come in, and who may | error |
 //! | [`client`] | what brings targets: the shim's handshake | engine, wire |
 //! | [`map`] | memory of this process that fills itself | engine, delivery, process |
+//! | [`relay`] | a second handler in another process gets faults and events | engine, wire, door |
 //! | [`server`] | a template, an engine and a socket together | everything above |
 //!
 //! ARCHITECTURE.md tells the life of one fault; `tests/test_tree.py` checks this table.
@@ -30,6 +31,7 @@ pub mod map;
 pub mod page;
 pub mod page_set;
 pub mod process;
+pub mod relay;
 pub mod server;
 pub mod source;
 pub mod stack;

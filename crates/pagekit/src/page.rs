@@ -79,6 +79,28 @@ pub fn find(runs: &[Run], page: u64) -> Option<Run> {
     run.contains(page).then_some(run)
 }
 
+/// The pages of any of `runs`, as runs that rise, with gaps between them.
+pub fn union(runs: impl IntoIterator<Item = Run>) -> Vec<Run> {
+    let mut runs: Vec<Run> = runs.into_iter().filter(|run| run.pages > 0).collect();
+    runs.sort_unstable_by_key(|run| run.start);
+    let mut all: Vec<Run> = Vec::new();
+    for run in runs {
+        match all.last_mut() {
+            Some(last) if last.end() >= run.start => {
+                *last = Run::between(last.start, last.end().max(run.end()));
+            }
+            _ => all.push(run),
+        }
+    }
+    all
+}
+
+/// Whether any page of `run` is in `runs` (rising, not overlapping).
+pub fn overlaps(runs: &[Run], run: Run) -> bool {
+    let before = runs.partition_point(|one| one.start < run.end());
+    before.checked_sub(1).is_some_and(|at| runs[at].end() > run.start)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -95,5 +117,18 @@ mod tests {
         assert_eq!(find(&runs, 3), Some(Run::between(1, 4)));
         assert_eq!(find(&runs, 4), None);
         assert_eq!(find(&runs, 0), None);
+    }
+
+    #[test]
+    fn a_union_has_every_page_once() {
+        let run = Run::between;
+        let all = union([run(8, 9), run(1, 4), run(4, 5), run(2, 3), run(20, 20), run(9, 12)]);
+        assert_eq!(all, [run(1, 5), run(8, 12)]);
+        for (start, end, any) in
+            [(0, 1, false), (0, 2, true), (4, 5, true), (5, 8, false), (7, 9, true)]
+        {
+            assert_eq!(overlaps(&all, run(start, end)), any, "{start} {end}");
+        }
+        assert!(!overlaps(&[], run(0, 9)));
     }
 }

@@ -13,6 +13,7 @@ pub use crate::door::Address;
 use crate::engine::{self, Engine, Target};
 use crate::error::{Error, Result};
 use crate::page::Run;
+use crate::relay;
 use crate::template::replay::{Sink, Taken};
 use crate::template::{self, Template};
 
@@ -25,6 +26,8 @@ pub struct Ways {
     pub firecracker: Vec<Address>,
     /// Where the memory is mounted as a file.
     pub mount: Option<mount::Options>,
+    /// Where second handlers connect: no way in, but beside one.
+    pub relay: Option<Address>,
     /// How programs with the shim get the memory: `auto`, `share`, `copy` or `plain`; empty is
     /// `auto`.
     pub backend: String,
@@ -67,6 +70,7 @@ pub struct Server {
     shim: Option<(Listener, Plan, String)>,
     firecracker: Option<firecracker::Listener>,
     mount: Option<Mount>,
+    relay: Option<relay::Listener>,
     engine: Arc<Engine>,
     template: Arc<Template>,
 }
@@ -86,6 +90,8 @@ pub struct Statistics {
     pub firecracker: Option<firecracker::Clients>,
     /// The mount, if there is one.
     pub mount: Option<mount::Statistics>,
+    /// The second handlers, if they can come.
+    pub relay: Option<relay::Statistics>,
     /// Targets, faults, outcomes.
     #[serde(flatten)]
     pub engine: engine::Statistics,
@@ -115,9 +121,15 @@ impl Server {
             shim: None,
             firecracker: None,
             mount: None,
+            relay: None,
             engine: Arc::clone(&engine),
             template: Arc::clone(&template),
         };
+        if let Some(address) = ways.relay {
+            let served =
+                relay::Served { pages: template.whole().pages, deadline: template.deadline() };
+            server.relay = Some(relay::Listener::start(address, Arc::clone(&engine), served)?);
+        }
         if !ways.firecracker.is_empty() {
             let (engine, template) = (Arc::clone(&engine), Arc::clone(&template));
             let listener = firecracker::Listener::start(ways.firecracker, engine, template)?;
@@ -151,6 +163,11 @@ impl Server {
         self.firecracker.iter().flat_map(firecracker::Listener::paths).collect()
     }
 
+    /// Where second handlers connect.
+    pub fn relay(&self) -> Option<&Path> {
+        self.relay.as_ref().map(relay::Listener::path)
+    }
+
     /// The memory as a file.
     pub fn mount(&self) -> Option<&Mount> {
         self.mount.as_ref()
@@ -181,6 +198,7 @@ impl Server {
             bytes_read: template.bytes_read,
             firecracker: self.firecracker.as_ref().map(firecracker::Listener::clients),
             mount: self.mount.as_ref().map(Mount::statistics),
+            relay: self.relay.as_ref().map(relay::Listener::statistics),
             engine: self.engine.statistics(),
             template,
         }
@@ -197,6 +215,9 @@ impl Server {
         }
         if let Some(mount) = &self.mount {
             mount.stop();
+        }
+        if let Some(relay) = &self.relay {
+            relay.stop();
         }
         self.engine.stop();
     }

@@ -6,6 +6,7 @@
 //! |---|---|
 //! | `file:PATH` | [`crate::source::file`] |
 //! | `zero:SIZE` | [`crate::source::zero`] |
+//! | `python:MODULE:FUNCTION:SIZE[,timeout=TIME]` | [`crate::source::python`] |
 //!
 //! | layer | piece |
 //! |---|---|
@@ -24,9 +25,11 @@ use std::time::Duration;
 use crate::error::{Error, Result};
 use crate::layer::{delay, fail, pass, stats, Next};
 use crate::page::PAGE;
-use crate::source::{file, zero, Source};
+use crate::source::{file, python, zero, Source};
 
-const SOURCES: &str = "file:PATH, zero:SIZE";
+pub use crate::source::python::set_interpreter;
+
+const SOURCES: &str = "file:PATH, zero:SIZE, python:MODULE:FUNCTION:SIZE[,timeout=TIME]";
 const LAYERS: &str = "pass, stats, delay=TIME[,RATE][,N], fail=N, fail=always, fail=page:P";
 
 /// Builds the stack that `spec` and `layers` (outermost first) describe.
@@ -49,6 +52,15 @@ fn source(spec: &str) -> Result<Arc<dyn Source>> {
             _ => Err(Error::usage(
                 format!("{spec:?}: {text:?} is no size of whole {PAGE}-byte pages"),
                 "for example zero:64M",
+            )),
+        },
+        Some(("python", text)) => match callback(text) {
+            Some((function, size, timeout)) => {
+                Ok(Arc::new(python::Python::open(function, size, timeout)?))
+            }
+            None => Err(Error::usage(
+                format!("{spec:?} is not MODULE:FUNCTION and a size of whole {PAGE}-byte pages"),
+                "for example python:tiles:render:1G or python:tiles:render:1G,timeout=60s",
             )),
         },
         _ => Err(Error::usage(
@@ -82,6 +94,23 @@ fn wrap(layer: &str, next: Next) -> Result<Arc<dyn Source>> {
         },
         _ => Err(Error::usage(format!("{layer:?} names no layer"), format!("layers are {LAYERS}"))),
     }
+}
+
+/// `MODULE:FUNCTION:SIZE[,timeout=TIME]`
+fn callback(text: &str) -> Option<(&str, u64, Duration)> {
+    let (text, timeout) = match text.split_once(",timeout=") {
+        Some((text, timeout)) => (text, time(timeout)?),
+        None => (text, python::USUAL_TIMEOUT),
+    };
+    let (function, bytes) = text.rsplit_once(':')?;
+    let bytes = size(bytes).filter(|bytes| *bytes > 0 && bytes % PAGE == 0)?;
+    let (module, name) = function.split_once(':')?;
+    let is_path = |path: &str| {
+        let mut parts = path.split('.');
+        parts.all(|part| !part.is_empty() && part.chars().all(|c| c.is_alphanumeric() || c == '_'))
+    };
+    let fine = is_path(module) && is_path(name) && !timeout.is_zero();
+    fine.then_some((function, bytes, timeout))
 }
 
 fn rule(text: &str) -> Option<fail::Rule> {
@@ -167,6 +196,17 @@ mod tests {
             ("zero:", none),
             ("zero:0", none),
             ("zero:99999999999G", none),
+            ("python:module:4K", none),
+            ("python:module:function", none),
+            ("python:module:function:5", none),
+            ("python:module:function:0", none),
+            ("python:module:func tion:4K", none),
+            ("python:module::4K", none),
+            ("python:.module:function:4K", none),
+            ("python:a:b:c:4K", none),
+            ("python:module:function:4K,timeout=5", none),
+            ("python:module:function:4K,timeout=0s", none),
+            ("python:module:function:4K,workers=2", none),
             ("zero:4K", &["delay"]),
             ("zero:4K", &["delay=-1ms"]),
             ("zero:4K", &["delay=1ms,1GB"]),
@@ -182,6 +222,14 @@ mod tests {
             assert!(matches!(error, Error::Usage { .. }), "{spec} {layers:?}: {error}");
             assert!(error.hint().is_some());
         }
+    }
+
+    #[test]
+    fn callbacks() {
+        let usual = python::USUAL_TIMEOUT;
+        assert_eq!(callback("a.b:C.d_2:2M"), Some(("a.b:C.d_2", 2 << 20, usual)));
+        let timeout = Duration::from_millis(1500);
+        assert_eq!(callback("a:b:4K,timeout=1.5s"), Some(("a:b", 4096, timeout)));
     }
 
     #[test]

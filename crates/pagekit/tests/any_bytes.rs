@@ -77,6 +77,27 @@ fn handshakes() {
 }
 
 #[test]
+fn relay_messages() {
+    use pagekit::page::Run;
+    use pagekit::wire::relay::{Answer, Claim, Message, Region};
+    let runs = vec![Run::between(3, 20), Run::between(21, 22)];
+    let region = |start, page| Region { start, bytes: 4096, page };
+    let examples = [
+        Message::Claim(Claim { runs, declined: true, pid: 7 }),
+        Message::Regions { target: 1, regions: vec![region(4096, Some(3)), region(8192, None)] },
+        Message::Answer { fault: 1, answer: Answer::Done },
+        Message::Answer { fault: 1, answer: Answer::Content(vec![7; 4096].into()) },
+        Message::Remap { target: 1, from: 4096, to: 8192, bytes: 4096 },
+        Message::Release,
+    ]
+    .map(|message| message.encode());
+    let examples: Vec<&[u8]> = examples.iter().map(Vec::as_slice).collect();
+    let tokens =
+        ["\u{0}", "\u{1}", "\u{c}", "\u{d}", "\u{11}", "\u{0}\u{0}\u{0}\u{0}\u{0}\u{0}\u{0}\u{0}"];
+    changed(&examples, &tokens, properties::relay_message);
+}
+
+#[test]
 fn working_sets() {
     let template = common::template(500, &["pass"]);
     let recorder = template.record().unwrap();

@@ -60,7 +60,10 @@ fn serve(options: &Options) -> Result<ExitCode> {
     let server = Server::start(template, delivery, options.ways())?;
     announce(options, &server);
     let code = match (&options.socket, options.command.is_empty()) {
-        (Some(socket), false) => captive::run(options, socket, &signals, recording.as_ref())?,
+        (Some(socket), false) => {
+            let size = server.template().size();
+            captive::run(options, size, socket, &signals, recording.as_ref())?
+        }
         _ => {
             wait_for_end(&signals, recording.as_ref());
             ExitCode::SUCCESS
@@ -103,6 +106,9 @@ fn announce(options: &Options, server: &Server) {
     for socket in server.firecracker() {
         eprintln!("pagekit: serving {} to Firecracker at {}", options.spec, socket.display());
     }
+    if let Some(socket) = server.relay() {
+        eprintln!("pagekit: second handlers connect to {}", socket.display());
+    }
     if let Some(mount) = server.mount() {
         let (plan, reason) = mount.plan();
         eprintln!("pagekit: {} is {}: {plan}: {reason}", mount.path().display(), options.spec);
@@ -111,7 +117,7 @@ fn announce(options: &Options, server: &Server) {
         let (backend, reason) = server.backend().unzip();
         let ready = serde_json::json!({
             "ready": true, "socket": server.socket(), "firecracker": server.firecracker(),
-            "mount": server.mount().map(Mount::path), "backend": backend, "reason": reason,
+            "mount": server.mount().map(Mount::path), "relay": server.relay(), "backend": backend, "reason": reason,
             "size": server.template().size(),
         });
         println!("{ready}");

@@ -16,7 +16,9 @@ Serve a template's memory, page by page, to VMMs and other programs.
 
 Usage: pagekitd SPEC [ways in] [options] [--run CMD [ARG…]]
 
-SPEC is where the pages come from: file:PATH or zero:SIZE.
+SPEC is where the pages come from: file:PATH, zero:SIZE, or python:MODULE:FUNCTION:SIZE, whose
+pages are what FUNCTION(offset, length) returns in a helper process (a Python that has pagekit:
+python3, or what PAGEKIT_PYTHON names; ,timeout=60s behind it gives a call more time than 30s).
 
 Ways in, one at least:
   --socket PATH     where programs attach that preload the shim
@@ -29,6 +31,9 @@ Ways in, one at least:
                     8.2 does, and spoil it for the others; 600 is for those
   --passthrough WHEN  auto, never, always: let the kernel serve it from a local file by itself
   --readahead SIZE  what the kernel reads around a touched page (default 128K)
+
+Second handlers (programs that answer for a part of the memory, and hear of every event):
+  --relay PATH      where they connect. What they claim waits for them, up to the deadline
 
 Who may come in (only this user, unless):
   --owner UID[:GID] give sockets and file to the user (and group) that the programs run as
@@ -79,6 +84,7 @@ pub struct Options {
     pub socket: Option<PathBuf>,
     pub firecracker: Vec<PathBuf>,
     pub mount: Option<PathBuf>,
+    pub relay: Option<PathBuf>,
     /// The mount's own options; its directory is in `mount`.
     pub mounted: mount::Options,
     pub owner: Option<(u32, Option<u32>)>,
@@ -112,6 +118,7 @@ impl Options {
                 owner: self.owner,
                 ..self.mounted.clone()
             }),
+            relay: self.relay.as_ref().map(address),
             backend: self.backend.clone(),
         }
     }
@@ -133,6 +140,7 @@ fn parse(mut parser: lexopt::Parser) -> Result<Asked, String> {
         socket: None,
         firecracker: Vec::new(),
         mount: None,
+        relay: None,
         mounted: mount::Options { mode: 0o400, ..mount::Options::from("") },
         owner: None,
         mode: 0o600,
@@ -169,6 +177,7 @@ fn parse(mut parser: lexopt::Parser) -> Result<Asked, String> {
                 options.mode = mode(&value)?;
             }
             Long("mount") => options.mount = Some(parser.value().map_err(text)?.into()),
+            Long("relay") => options.relay = Some(parser.value().map_err(text)?.into()),
             Long("mount-name") => options.mounted.name = string(&mut parser)?,
             Long("mount-mode") => {
                 let value = string(&mut parser)?;

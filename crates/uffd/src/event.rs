@@ -9,10 +9,11 @@
 
 use std::io;
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{FromRawFd, OwnedFd};
 use std::time::Duration;
 
 use rustix::event::{poll, PollFd, PollFlags, Timespec};
+use rustix::io::Errno;
 
 use crate::abi;
 use crate::descriptor::Userfaultfd;
@@ -152,7 +153,7 @@ impl Userfaultfd {
         });
         let mut polled = [PollFd::new(self, PollFlags::IN)];
         match poll(&mut polled, time.as_ref()) {
-            Err(rustix::io::Errno::INTR) => return Ok(false),
+            Err(Errno::INTR) => return Ok(false),
             outcome => outcome?,
         };
         match polled[0].revents().contains(PollFlags::ERR) {
@@ -169,17 +170,13 @@ impl Userfaultfd {
     /// # Errors
     /// EINVAL before the handshake.
     pub fn read_events<'a>(&self, buffer: &'a mut MessageBuffer) -> io::Result<Events<'a>> {
-        let room = buffer.0.len() * abi::MESSAGE_BYTES;
-        // SAFETY: the buffer has `room` bytes and is borrowed for the call.
-        let read =
-            unsafe { libc::read(self.as_fd().as_raw_fd(), buffer.0.as_mut_ptr().cast(), room) };
-        let count = match usize::try_from(read) {
-            Ok(bytes) => bytes / abi::MESSAGE_BYTES,
-            Err(_) => match io::Error::last_os_error() {
-                error if error.kind() == io::ErrorKind::WouldBlock => 0,
-                error if error.kind() == io::ErrorKind::Interrupted => 0,
-                error => return Err(error),
-            },
+        let (at, room) = (buffer.0.as_mut_ptr().cast(), buffer.0.len() * abi::MESSAGE_BYTES);
+        // SAFETY: the same memory, borrowed for the call, as bytes that need not be initialised.
+        let bytes: &mut [MaybeUninit<u8>] = unsafe { std::slice::from_raw_parts_mut(at, room) };
+        let count = match rustix::io::read(self, bytes) {
+            Ok((read, _)) => read.len() / abi::MESSAGE_BYTES,
+            Err(Errno::AGAIN | Errno::INTR) => 0,
+            Err(errno) => return Err(errno.into()),
         };
         // SAFETY: the kernel initialised the first `count` messages, and the type is plain bytes.
         let messages = unsafe { std::slice::from_raw_parts(buffer.0.as_ptr().cast(), count) };

@@ -16,6 +16,8 @@
 //! | [`Event`] | what a userfaultfd tells |
 //! | [`Pagemap`] | what is true of a process's pages; finding those that were written |
 //! | [`passing`] | sending descriptors between processes |
+//! | [`Heir`] | what becomes of a process whose handler, another process, ends |
+//! | [`stall`] | noticing that a handler waits for a lock of the thread whose fault it should handle |
 //!
 //! Kernel facts are cited as observed on Linux 6.18; where a manual page says otherwise, the
 //! observation is what the code follows.
@@ -25,10 +27,13 @@ mod bits;
 mod descriptor;
 mod event;
 mod features;
+mod heir;
 mod pagemap;
 pub mod passing;
 mod resolve;
+pub mod stall;
 mod support;
+mod threads;
 
 pub use abi::PageRegion;
 pub use descriptor::{
@@ -37,7 +42,8 @@ pub use descriptor::{
 };
 pub use event::{Cause, Event, Events, MessageBuffer};
 pub use features::{Feature, Features, Probe, FEATURES};
+pub use heir::{Heir, Ranges};
 pub use pagemap::{Categories, Entry, Pagemap, Scan};
 pub use resolve::{How, Progress};
 pub use rustix::io::Errno;
-pub use support::{State, Support};
+pub use support::{filtered, State, Support};

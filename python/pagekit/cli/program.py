@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
@@ -40,6 +41,7 @@ _SHARED = [
         metavar="SIZE",
         help="What the kernel reads around a page of a mounted file.  [default: 128K]",
     ),
+    click.option("--relay", metavar="PATH", help="Where second handlers connect (pagekit.Relay)."),
     click.option("--json", is_flag=True, help="One JSON object when ready, one at the end."),
 ]
 
@@ -70,4 +72,6 @@ def become_server(spec: str, options: Mapping[str, Any], captive: tuple[str, ...
                 arguments += [option, str(value)]
     if captive:
         arguments += ["--run", *captive]
-    os.execv(arguments[0], arguments)
+    # The Python that has pagekit, should callbacks make the pages.
+    environment = {"PAGEKIT_PYTHON": sys.executable, **os.environ}
+    os.execve(arguments[0], arguments, environment)

@@ -31,9 +31,10 @@ from .program import become_server, shared_options
 def command(spec: str, captive: bool, command_line: tuple[str, ...], **options: Any) -> None:
     """Serve the memory SPEC, page by page, to VMMs and other programs.
 
-    SPEC is where the pages come from: file:PATH or zero:SIZE. Layers are pass, stats, delay=TIME,
-    fail=N. In COMMAND, {file} stands for the file to map. A recording is saved at the end, and at
-    SIGUSR1, which says that the sandbox is ready.
+    SPEC is where the pages come from: file:PATH, zero:SIZE, or python:MODULE:FUNCTION:SIZE, whose
+    pages a function makes. Layers are pass, stats, delay=TIME, fail=N. In COMMAND, {file} stands
+    for the file to map. A recording is saved at the end, and at SIGUSR1, which says that the
+    sandbox is ready.
 
     Firecrackers at a socket get copies of their own; to share pages between them take --mount.
 

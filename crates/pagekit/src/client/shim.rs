@@ -32,7 +32,7 @@ use crate::door::{open_pidfd, Address, Door, Peer, Visit};
 use crate::engine::region::RegionMap;
 use crate::engine::{Engine, NewTarget};
 use crate::error::{Error, Result};
-use crate::page::{Run, PAGE};
+use crate::page::{overlaps, Run, PAGE};
 use crate::template::{zero_parts, Template, USUAL_REQUEST};
 use crate::wire::shim::{Mapping, Message, Wish, LARGEST, MOST_ZERO_RUNS};
 
@@ -357,7 +357,14 @@ impl Service {
         let zero_runs = match mapping {
             // A loaded file has its zeros as holes.
             Mapping::Plain => Vec::new(),
-            _ => zero_parts(&self.template, run, MOST_ZERO_RUNS),
+            Mapping::Share => zero_parts(&self.template, run, MOST_ZERO_RUNS),
+            // What is zero in the template may be something else to whoever claims it.
+            Mapping::Copy => {
+                let claims = self.engine.claimed();
+                let mut zeros = zero_parts(&self.template, run, MOST_ZERO_RUNS);
+                zeros.retain(|zero| !overlaps(&claims, *zero));
+                zeros
+            }
         };
         let fork_events = self.delivery.fork_events();
         Ok((Message::Offer { mapping, fork_events, zero_runs }, descriptors))

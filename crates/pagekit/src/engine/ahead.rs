@@ -82,16 +82,17 @@ impl Target {
 
     /// Fills what of `run` can be had at once, wherever it belongs.
     fn install_part(&self, regions: &RegionMap, run: Run, installed: &mut u64) -> End {
-        let mut places = regions.places(run).into_iter().peekable();
+        let mut places = regions.places(run).into_iter().flat_map(|(address, run)| {
+            let parts = self.unclaimed(run).into_iter();
+            parts.map(move |part| (address + (part.start - run.start) * PAGE, part))
+        });
         while let Some((address, run)) = places.next() {
             match self.install_place(address, run, installed) {
                 End::Done => {}
                 End::Over => return End::Over,
                 // The same pages may belong to the places behind, which rise by their first pages.
                 End::Blocked(page) => {
-                    return End::Blocked(
-                        places.peek().map_or(page, |(_, next)| page.min(next.start)),
-                    )
+                    return End::Blocked(places.fold(page, |page, (_, next)| page.min(next.start)));
                 }
             }
         }

@@ -14,6 +14,8 @@
 //!   installs a page in between that was just removed.
 //! - A refused fault goes to the target's deferred queue, and is tried again when events were read
 //!   *and* on a timer that starts small: neither alone is enough.
+//! - Where only one thread faults, one fault is read, and served without a look at what else there is:
+//!   that look is 3 % of a fault. If there is an event, the kernel refuses.
 //! - After a fault, keep looking at that target for a little while, about as long as a wake-up would
 //!   cost, longer where that succeeds. Between faults the loop sleeps: an idle server costs nothing.
 
@@ -25,8 +27,10 @@ use std::time::{Duration, Instant};
 use rustix::event::epoll::{self, Event as EpollEvent};
 use rustix::event::Timespec;
 use rustix::io::Errno;
-use uffd::{Event, MessageBuffer};
+use uffd::{Cause, Event, MessageBuffer};
 
+use super::deputy::Happening;
+use super::placement::{Neighbour, QUIET};
 use super::region::RegionMap;
 use super::target::{NewTarget, Target};
 use super::{after, Shared, TargetId, Token};
@@ -48,7 +52,10 @@ pub(super) fn run(shared: &Arc<Shared>) {
     let mut state = Loop {
         shared,
         messages: MessageBuffer::new(MESSAGES),
+        one: MessageBuffer::new(1),
+        faults: Vec::with_capacity(MESSAGES),
         poll: SHORTEST_POLL,
+        neighbour: Neighbour::new(Arc::clone(&shared.placement)),
         next_life_sign: after(LIFE_SIGN),
         starved: false,
     };
@@ -58,6 +65,9 @@ pub(super) fn run(shared: &Arc<Shared>) {
         ready.clear();
         state.wait(&mut ready, due);
         let mut hot = state.handle(&ready);
+        if hot.is_empty() {
+            state.neighbour.leave(Instant::now());
+        }
         due = state.retry_deferred();
         if let (Some(target), None) = (hot.pop(), hot.pop()) {
             // Only one target is busy: polling for several would take the CPU they need.
@@ -70,16 +80,24 @@ pub(super) fn run(shared: &Arc<Shared>) {
 struct Loop<'a> {
     shared: &'a Arc<Shared>,
     messages: MessageBuffer,
+    /// Room for one message.
+    one: MessageBuffer,
+    /// Faults just read, and whether each is a write to a protected page; empty in between.
+    faults: Vec<(u64, bool)>,
     poll: Duration,
+    neighbour: Neighbour,
     next_life_sign: Instant,
     /// Whether the last fork found no room for its descriptor.
     starved: bool,
 }
 
 impl Loop<'_> {
-    fn wait(&self, ready: &mut Vec<EpollEvent>, due: Option<Instant>) {
+    fn wait(&mut self, ready: &mut Vec<EpollEvent>, due: Option<Instant>) {
         let mut until = due;
-        if !self.shared.targets().is_empty() {
+        if self.neighbour.stays() {
+            let quiet = after(QUIET);
+            until = Some(until.map_or(quiet, |due| due.min(quiet)));
+        } else if !self.shared.targets().is_empty() {
             until = Some(until.map_or(self.next_life_sign, |due| due.min(self.next_life_sign)));
         }
         let timeout = until.map(|until| {
@@ -111,7 +129,7 @@ impl Loop<'_> {
                 Token::Exit(id) => self.shared.forget(id),
                 Token::Events(id) => {
                     if let Some(target) = self.find(id) {
-                        if self.drain(&target) {
+                        if self.drain(&target, Instant::now()) {
                             hot.push(target);
                         }
                     }
@@ -125,16 +143,21 @@ impl Loop<'_> {
         self.shared.targets().get(&id).cloned()
     }
 
-    /// Reads everything pending, applies events, then serves faults. Says whether there were any.
-    fn drain(&mut self, target: &Arc<Target>) -> bool {
-        let mut faults: Vec<u64> = Vec::new();
+    /// Reads everything pending, now, applies events, then serves faults. Says whether there were any.
+    fn drain(&mut self, target: &Arc<Target>, now: Instant) -> bool {
+        let mut faults = std::mem::take(&mut self.faults);
         let mut children = Vec::new();
         let mut events = false;
         let mut starved = None;
+        let alone = self.neighbour.expects_one();
+        let (buffer, room) = match alone {
+            true => (&mut self.one, 1),
+            false => (&mut self.messages, MESSAGES),
+        };
         let mut regions = target.regions_mut();
         loop {
             let mut read = 0;
-            match target.uffd.read_events(&mut self.messages) {
+            match target.uffd.read_events(buffer) {
                 Err(error) if out_of_room(&error) => {
                     starved = Some(error);
                     break;
@@ -150,18 +173,29 @@ impl Loop<'_> {
                     for event in messages {
                         read += 1;
                         match event {
-                            Event::Fault { address, .. } => {
-                                faults.push(address);
+                            Event::Fault { address, flags, .. } => {
+                                faults.push((address, Cause::of(flags) == Cause::WriteProtected));
                                 continue;
                             }
                             Event::Remove { start, end } => {
                                 regions.remove(start, end);
                                 target.huge_given_back(start, end);
+                                target.tell(self.shared, Happening::Remove(start, end));
                             }
-                            Event::Unmap { start, end } => regions.unmap(start, end),
-                            Event::Remap { from, to, len } => regions.remap(from, to, len),
+                            Event::Unmap { start, end } => {
+                                regions.unmap(start, end);
+                                target.tell(self.shared, Happening::Unmap(start, end));
+                            }
+                            Event::Remap { from, to, len } => {
+                                regions.remap(from, to, len);
+                                target.tell(self.shared, Happening::Remap(from, to, len));
+                            }
                             // The child has what the parent has at this moment.
-                            Event::Fork(uffd) => children.push((uffd, regions.clone())),
+                            Event::Fork(uffd) => {
+                                let child = self.shared.number();
+                                target.tell(self.shared, Happening::Fork(child));
+                                children.push((child, uffd, regions.clone()));
+                            }
                             Event::Unknown(code) => {
                                 self.shared.report(&format!("unknown userfaultfd event {code:#x}"));
                             }
@@ -170,18 +204,20 @@ impl Loop<'_> {
                     }
                 }
             }
-            if read < MESSAGES {
+            if read < room || alone && !faults.is_empty() {
                 break;
             }
         }
         drop(regions);
-        let now = Instant::now();
-        for (uffd, regions) in children {
-            self.adopt(target, uffd, regions);
+        for (child, uffd, regions) in children {
+            self.adopt(target, child, uffd, regions);
         }
         let any = !faults.is_empty();
-        for address in faults {
-            let fault = target.fault(address, now);
+        if any {
+            self.neighbour.faults(target, faults.len(), now);
+        }
+        for (address, protected) in faults.drain(..) {
+            let fault = target.fault(address, protected, now);
             match target.beacon == Some(fault.address) {
                 // A child asks who it is: no fault of the template's memory.
                 true => target.answer_beacon(self.shared, fault),
@@ -192,6 +228,7 @@ impl Loop<'_> {
                 }
             }
         }
+        self.faults = faults;
         if events {
             target.hasten(now);
         }
@@ -210,7 +247,13 @@ impl Loop<'_> {
         any
     }
 
-    fn adopt(&self, parent: &Arc<Target>, uffd: uffd::Userfaultfd, regions: RegionMap) {
+    fn adopt(
+        &self,
+        parent: &Arc<Target>,
+        id: TargetId,
+        uffd: uffd::Userfaultfd,
+        regions: RegionMap,
+    ) {
         // Kept until it is known that the child is served: without a holder it would read zeros.
         let (spare, ranges) = (uffd.try_clone(), regions.clone());
         let child = NewTarget {
@@ -224,7 +267,7 @@ impl Loop<'_> {
             owner: None,
             connection: None,
         };
-        let Err(error) = self.shared.add(Some(parent.id), child) else { return };
+        let Err(error) = self.shared.add(id, Some(parent.id), child) else { return };
         let message = format!(
             "a child of target {} cannot be served: {error}; its missing pages are poisoned",
             parent.id
@@ -259,22 +302,32 @@ impl Loop<'_> {
     /// Looks at one target again and again for a while, which saves the wake-up of its next fault.
     /// Gives up the moment anybody else wants something.
     fn keep_polling(&mut self, target: &Arc<Target>) {
-        let mut until = after(self.poll);
-        let mut look_around = after(LOOK_AROUND);
-        let mut hits = 0;
-        while Instant::now() < until && !self.shared.stopped.load(Relaxed) {
-            if Instant::now() > look_around {
+        let mut now = Instant::now();
+        let (mut until, mut look_around) = (now + self.poll, now + LOOK_AROUND);
+        let (mut hits, mut missed) = (0, 0);
+        while now < until && !self.shared.stopped.load(Relaxed) {
+            if now > look_around {
                 if self.others_wait() {
                     break;
                 }
-                look_around = after(LOOK_AROUND);
+                look_around = now + LOOK_AROUND;
             }
-            if self.drain(target) {
+            let hit = self.drain(target, now);
+            if hit {
                 hits += 1;
-                until = after(self.poll);
+                missed = 0;
             } else {
+                missed += 1;
+                if self.neighbour.stays() && missed > 1 && !self.neighbour.missed() {
+                    // It does something else; to look again and again would only keep it from that.
+                    break;
+                }
                 // The target may need this very CPU to get to its next fault.
                 std::thread::yield_now();
+            }
+            now = Instant::now();
+            if hit {
+                until = now + self.poll;
             }
         }
         self.poll = match hits {

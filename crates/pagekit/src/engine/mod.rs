@@ -13,11 +13,13 @@
 //! microseconds. Everything else goes to [`workers`], and whoever ends a fetch serves its waiters.
 
 mod ahead;
+pub mod deputy;
 mod event_loop;
 mod fill;
 mod huge;
 mod locality;
 mod outcome;
+mod placement;
 pub mod region;
 mod target;
 mod workers;
@@ -27,7 +29,7 @@ use std::io::{self, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -38,7 +40,9 @@ use crate::error::{Error, Result};
 use crate::page::Run;
 use crate::template::Fetch;
 pub use ahead::Ahead;
+use deputy::Deputy;
 pub use outcome::{Histogram, Outcome, Outcomes};
+use placement::Placement;
 pub(crate) use target::kill;
 use target::Fault;
 pub use target::{NewTarget, Owner, Target, TargetId};
@@ -57,6 +61,8 @@ pub struct Statistics {
     pub targets_ever: u64,
     /// Pages put into targets ahead of demand.
     pub ahead_pages: u64,
+    /// How often the loop's thread went to stay on the processor of a target that faults all the time.
+    pub stays: u64,
     /// The last things that went wrong, oldest first.
     pub reports: Vec<String>,
 }
@@ -100,6 +106,8 @@ pub(crate) struct Shared {
     ahead: AtomicU64,
     /// Told of every target that a client brings.
     greeter: Mutex<Option<Greeter>>,
+    /// The second handler, if there is one.
+    deputy: RwLock<Option<Arc<dyn Deputy>>>,
     /// Whether a target may have deferred faults, so that the loop need not look for them in vain.
     deferred: AtomicBool,
     outcomes: Arc<Outcomes>,
@@ -107,6 +115,7 @@ pub(crate) struct Shared {
     speaks: bool,
     reports: Mutex<Vec<String>>,
     workers: Workers,
+    placement: Arc<Placement>,
     stopped: AtomicBool,
 }
 
@@ -185,11 +194,13 @@ impl Engine {
                 faults: AtomicU64::new(0),
                 ahead: AtomicU64::new(0),
                 greeter: Mutex::default(),
+                deputy: RwLock::default(),
                 deferred: AtomicBool::new(false),
                 outcomes: Arc::default(),
                 speaks,
                 reports: Mutex::default(),
                 workers: Workers::start()?,
+                placement: Arc::default(),
                 stopped: AtomicBool::new(false),
             })
         };
@@ -207,7 +218,7 @@ impl Engine {
     pub fn add(&self, new: NewTarget) -> Result<Arc<Target>> {
         let target = self
             .shared
-            .add(None, new)
+            .add(self.shared.number(), None, new)
             .map_err(|error| Error::kernel("cannot watch a target's descriptors", error))?;
         let greeter = self.shared.greeter.lock().unwrap_or_else(PoisonError::into_inner).clone();
         if let Some(Greeter(greet)) = greeter {
@@ -325,6 +336,7 @@ impl Engine {
             targets,
             targets_ever: self.shared.ever.load(Relaxed),
             ahead_pages: self.shared.ahead.load(Relaxed),
+            stays: self.shared.placement.stays(),
             reports: self.shared.reports.lock().unwrap_or_else(PoisonError::into_inner).clone(),
         }
     }
@@ -339,6 +351,7 @@ impl Engine {
             // The loop reports its own panics; there is nothing left to learn from it.
             let _ = thread.join();
         }
+        self.shared.placement.stop();
         self.shared.workers.stop();
         self.shared.targets().clear();
         self.shared.fewer_targets.notify_all();
@@ -363,11 +376,23 @@ impl Shared {
         }
     }
 
-    fn add(&self, parent: Option<TargetId>, new: NewTarget) -> io::Result<Arc<Target>> {
-        let id = self.ever.fetch_add(1, Relaxed) + 1;
+    /// The number of the next target.
+    fn number(&self) -> TargetId {
+        self.ever.fetch_add(1, Relaxed) + 1
+    }
+
+    fn add(
+        &self,
+        id: TargetId,
+        parent: Option<TargetId>,
+        new: NewTarget,
+    ) -> io::Result<Arc<Target>> {
         let target = Arc::new(Target::new(id, parent, new));
         // Listed before it is watched: an event of an unknown target would be lost.
         self.targets().insert(id, Arc::clone(&target));
+        if let Some(deputy) = self.deputy() {
+            deputy.joined(&target, &target.regions());
+        }
         let watch = || -> io::Result<()> {
             epoll::add(&self.epoll, &target.uffd, Token::Events(id).encode(), EventFlags::IN)?;
             self.watch_exit(&target)
@@ -398,11 +423,14 @@ impl Shared {
             let _ = epoll::delete(&self.epoll, pidfd);
         }
         target.abandon(self);
+        if let Some(deputy) = self.deputy() {
+            deputy.left(id);
+        }
         self.fewer_targets.notify_all();
     }
 
     fn count(&self, outcome: Outcome, fault: &Fault) {
-        let time = fault.born.elapsed();
+        let time = fault.age.unwrap_or_else(|| fault.born.elapsed());
         self.outcomes.count(outcome, time);
         // What was done for one of them woke the others.
         (0..fault.joined).for_each(|_| self.outcomes.count(Outcome::Woken, time));

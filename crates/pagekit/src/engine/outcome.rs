@@ -16,6 +16,8 @@ pub enum Outcome {
     Zeroed,
     /// Somebody else had brought the page; the waiters were woken.
     Woken,
+    /// A second handler resolved it, or said what belongs there.
+    Relayed,
     /// The page cannot be had; touching it raises SIGBUS.
     Poisoned,
     /// The page cannot be had; the target was killed.
@@ -25,11 +27,12 @@ pub enum Outcome {
 }
 
 impl Outcome {
-    const ALL: [Outcome; 7] = [
+    const ALL: [Outcome; 8] = [
         Outcome::Copied,
         Outcome::Shared,
         Outcome::Zeroed,
         Outcome::Woken,
+        Outcome::Relayed,
         Outcome::Poisoned,
         Outcome::Killed,
         Outcome::Abandoned,
@@ -42,6 +45,7 @@ impl Outcome {
             Outcome::Shared => "shared",
             Outcome::Zeroed => "zeroed",
             Outcome::Woken => "woken",
+            Outcome::Relayed => "relayed",
             Outcome::Poisoned => "poisoned",
             Outcome::Killed => "killed",
             Outcome::Abandoned => "abandoned",

@@ -156,6 +156,17 @@ impl RegionMap {
         self.pieces.iter().map(|(start, piece)| (*start, piece.end - start))
     }
 
+    /// All of the map: address, bytes, and the first page of the template, or none where zeros belong.
+    pub(crate) fn pieces(&self) -> impl ExactSizeIterator<Item = (u64, u64, Option<u64>)> + '_ {
+        self.pieces.iter().map(|(start, piece)| {
+            let page = match piece.belongs {
+                Belongs::Template(page) => Some(page),
+                Belongs::Zero => None,
+            };
+            (*start, piece.end - start, page)
+        })
+    }
+
     /// Some address of the map, for asking whether the target lives.
     pub(crate) fn any_address(&self) -> Option<u64> {
         self.pieces.keys().next().copied()

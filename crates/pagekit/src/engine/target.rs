@@ -13,13 +13,14 @@ use std::time::{Duration, Instant};
 use rustix::process::{pidfd_send_signal, Signal};
 use uffd::{Errno, Progress, Userfaultfd};
 
+use super::deputy::{Answer, Passed};
 use super::locality::{Locality, Window};
 use super::outcome::Outcome;
 use super::region::{Belongs, RegionMap};
 use super::Shared;
 use crate::backend::{Backend, Resolution};
 use crate::error::Error;
-use crate::page::{find, PAGE};
+use crate::page::{find, Run, PAGE};
 use crate::template::{Template, Waiter, Want};
 
 /// Number of a target, never used twice by a server.
@@ -63,15 +64,20 @@ pub struct Target {
     locality: Mutex<Locality>,
     /// Addresses of the huge pages that were filled, and not given back since.
     filled_huge: Mutex<HashSet<u64>>,
-    /// Faults that the kernel refused for now, by address.
-    deferred: Mutex<BTreeMap<u64, Fault>>,
+    /// Faults that the kernel refused for now, by address and kind.
+    deferred: Mutex<BTreeMap<(u64, bool), Fault>>,
     pub(super) faults: AtomicU64,
     /// How many there were when pages last came ahead of demand.
     pub(super) faults_before: AtomicU64,
     /// Pages that came ahead of demand.
     pub(super) ahead: AtomicU64,
-    gone: AtomicBool,
+    pub(super) gone: AtomicBool,
     owner: Option<Arc<dyn Owner>>,
+    /// Whether a deputy is called on: asked at every fault.
+    pub(super) relayed: AtomicBool,
+    /// Which pages of the template are the deputy's, in whole pages of the target. Changes with the
+    /// region map held.
+    pub(super) claims: Mutex<Arc<[Run]>>,
     /// The client's connection, if it is to be open as long as the target lives.
     _connection: Option<OwnedFd>,
 }
@@ -96,9 +102,16 @@ pub(super) struct Fault {
     /// Not before this moment again.
     pub(super) due: Instant,
     /// Why its page cannot be had, if so.
-    failure: Option<Arc<Error>>,
+    pub(super) failure: Option<Arc<Error>>,
+    /// Whether it is a write to a page that is there, and write-protected.
+    pub(super) protected: bool,
+    /// What a deputy says of it, and of which page.
+    pub(super) answer: Option<Arc<(u64, Answer)>>,
     /// The window chosen for it, once chosen.
     window: Option<Window>,
+    /// How old it was when it was last tried, if nothing can be known after that: the thread that is
+    /// served goes on before us.
+    pub(super) age: Option<Duration>,
 }
 
 impl Fault {
@@ -158,6 +171,8 @@ impl Target {
             ahead: AtomicU64::new(0),
             gone: AtomicBool::new(false),
             owner: new.owner,
+            relayed: AtomicBool::new(false),
+            claims: Mutex::new(Arc::new([])),
             _connection: new.connection,
         }
     }
@@ -215,7 +230,7 @@ impl Target {
     }
 
     /// A fault that was read now.
-    pub(super) fn fault(&self, address: u64, now: Instant) -> Fault {
+    pub(super) fn fault(&self, address: u64, protected: bool, now: Instant) -> Fault {
         Fault {
             address: address & !(self.page_size - 1),
             born: now,
@@ -224,7 +239,10 @@ impl Target {
             refused: None,
             due: now,
             failure: None,
+            protected,
+            answer: None,
             window: None,
+            age: None,
         }
     }
 
@@ -279,17 +297,34 @@ impl Target {
     /// Serves one fault as far as that is possible without waiting. Called by the event loop, and
     /// again by whoever ends a fetch. Re-entrant: it decides everything anew.
     pub(super) fn serve(self: &Arc<Self>, shared: &Arc<Shared>, mut fault: Fault) {
+        fault.age = shared.placement.stays_somewhere().then(|| fault.born.elapsed());
         if let Some(error) = fault.failure.clone() {
-            return self.give_up(shared, fault, error);
+            if let Some(fault) = self.pass_on_declined(shared, fault) {
+                self.give_up(shared, fault, error);
+            }
+            return;
+        }
+        if fault.protected {
+            return self.serve_protected(shared, fault);
         }
         if self.beacon == Some(fault.address) {
             return self.answer_beacon(shared, fault);
         }
         let regions = self.regions();
-        let Some(place) = regions.find(fault.address) else {
+        let Some(mut place) = regions.find(fault.address) else {
             drop(regions);
             return self.nothing_known(shared, fault);
         };
+        if self.is_relayed() || fault.answer.is_some() {
+            match self.pass_on(shared, fault, place) {
+                Passed::Taken => return,
+                Passed::Answered(fault, resolution) => {
+                    drop(regions);
+                    return self.settle(shared, fault, resolution);
+                }
+                Passed::Ours(ours, part) => (fault, place) = (ours, part),
+            }
+        }
         let resolution = match place.belongs {
             Belongs::Zero => {
                 let pages = self.locality().zeros(fault.address / PAGE);
@@ -385,6 +420,7 @@ impl Target {
         resolution: Resolution,
     ) {
         let outcome = match resolution {
+            Resolution::Copied | Resolution::Zeroed if fault.is_relayed() => Outcome::Relayed,
             Resolution::Copied => Outcome::Copied,
             Resolution::Shared => Outcome::Shared,
             Resolution::Zeroed => Outcome::Zeroed,
@@ -426,7 +462,7 @@ impl Target {
         if self.gone.load(Relaxed) {
             return shared.count(Outcome::Abandoned, &fault);
         }
-        match deferred.entry(fault.address) {
+        match deferred.entry((fault.address, fault.protected)) {
             Entry::Vacant(entry) => {
                 entry.insert(fault);
             }
@@ -434,6 +470,7 @@ impl Target {
                 let first = entry.get_mut();
                 first.joined += 1 + fault.joined;
                 first.failure = first.failure.take().or(fault.failure);
+                first.answer = first.answer.take().or(fault.answer);
             }
         }
         shared.deferred.store(true, Release);
@@ -555,7 +592,7 @@ pub(crate) fn kill(pid: i32, pidfd: impl AsFd) -> Result<bool, String> {
     }
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     // A panic while one of these is held leaves plain data in a usable state.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -193,13 +193,9 @@ fn adopted(map: &Map) -> std::result::Result<Watched, String> {
             .map_err(|error| text("it cannot be registered", &error))?;
     }
     map.space.children(Children::KeepOut);
-    let (tie, theirs) = socketpair(
-        AddressFamily::UNIX,
-        SocketType::SEQPACKET,
-        SocketFlags::CLOEXEC,
-        None,
-    )
-    .map_err(|errno| text("no socket", &errno))?;
+    let (tie, theirs) =
+        socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
+            .map_err(|errno| text("no socket", &errno))?;
     let pidfd = pidfd_open(getpid(), PidfdFlags::empty())
         .map_err(|errno| text("no descriptor of this process", &errno))?;
     let Some(house) = map.house else { return Err("nobody can be asked".to_owned()) };
@@ -487,11 +483,12 @@ pub(super) fn answer(house: &House) {
             numbers.extend(ends.ties.iter().map(|(tie, _)| tie.as_raw_fd()));
         }
         // By their numbers, and without the lock: only this thread closes any of them in this process.
-        let mut entries: Vec<PollFd<'_>> = numbers
-            .iter()
+        let watched = |number: &i32| {
             // SAFETY: they stay open until this thread takes them from the list.
-            .map(|number| PollFd::from_borrowed_fd(unsafe { BorrowedFd::borrow_raw(*number) }, PollFlags::IN))
-            .collect();
+            let end = unsafe { BorrowedFd::borrow_raw(*number) };
+            PollFd::from_borrowed_fd(end, PollFlags::IN)
+        };
+        let mut entries: Vec<PollFd<'_>> = numbers.iter().map(watched).collect();
         if poll(&mut entries, None).is_err() {
             // No room for the call: it passes.
             std::thread::yield_now();

@@ -295,6 +295,7 @@ impl Map {
             template,
         });
         signal::install()?;
+        fork::install();
         let service = match (uffd, house) {
             (Some(uffd), Some(house)) => {
                 space.children(space::Children::KeepOut);
@@ -595,9 +596,8 @@ impl Map {
     /// Removes what stands in the place of pages that can be had again.
     fn mend(&self, supply: &Supply, service: &Service, run: Run) -> Result<()> {
         supply.losses.mend(run.start, run.end(), |page, stand| match stand {
-            Stand::Poison => space::drop_page(self.at(page)).map_err(|errno| {
-                Error::kernel(format!("page {page} cannot be had again"), errno)
-            }),
+            Stand::Poison => space::drop_page(self.at(page))
+                .map_err(|errno| Error::kernel(format!("page {page} cannot be had again"), errno)),
             Stand::Nothing => {
                 self.space.unbar(&supply.template, &service.uffd, page, self.at(page))
             }
@@ -704,19 +704,13 @@ impl Map {
 }
 
 impl Service {
-    fn start(
-        house: &House,
-        supply: &Arc<Supply>,
-        uffd: Userfaultfd,
-        how: How,
-    ) -> Result<Service> {
+    fn start(house: &House, supply: &Arc<Supply>, uffd: Userfaultfd, how: How) -> Result<Service> {
         for (start, run) in &supply.pieces {
             uffd.register(*start, run.bytes(), RegisterMode::MISSING)
                 .map_err(|error| Error::kernel("memory cannot be registered", error))?;
         }
-        let held = uffd
-            .try_clone()
-            .map_err(|error| Error::kernel("no descriptor for a map", error))?;
+        let held =
+            uffd.try_clone().map_err(|error| Error::kernel("no descriptor for a map", error))?;
         let target = (how == How::Thread).then(|| {
             let pid = getpid();
             let pidfd = pidfd_open(pid, PidfdFlags::empty())

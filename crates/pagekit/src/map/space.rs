@@ -108,7 +108,8 @@ impl Space {
                 "the kernel's pool has no {} free huge pages of 2 MiB: {errno}",
                 bytes / HUGE
             ),
-            hint: "sudo sysctl vm.nr_hugepages=N for a larger pool, or use page_size=4096".to_owned(),
+            hint: "sudo sysctl vm.nr_hugepages=N for a larger pool, or use page_size=4096"
+                .to_owned(),
         })? as u64;
         let mut space = Space::here(start, bytes, writable);
         space.pieces = vec![(start, template.whole())];
@@ -135,11 +136,11 @@ impl Space {
     /// Nobody may touch it meanwhile.
     pub(super) unsafe fn fill(&self, template: &Arc<Template>) -> Result<(), Arc<Error>> {
         let access = MprotectFlags::READ | MprotectFlags::WRITE;
-        self.protect(access).map_err(|errno| Error::kernel("cannot give access to a map", errno))?;
+        self.protect(access)
+            .map_err(|errno| Error::kernel("cannot give access to a map", errno))?;
         // SAFETY: just mapped, readable and writable, initialised by the kernel, and ours alone.
-        let all = unsafe {
-            std::slice::from_raw_parts_mut(self.start as *mut u8, self.bytes as usize)
-        };
+        let all =
+            unsafe { std::slice::from_raw_parts_mut(self.start as *mut u8, self.bytes as usize) };
         template.read(0, all)?;
         Ok(self.open()?)
     }
@@ -199,7 +200,9 @@ impl Space {
 
     /// Puts a mapping of nothing in the place of a page: touching it raises SIGBUS.
     pub(super) fn bar(address: u64) -> bool {
-        let Ok(nothing) = memfd_create("pagekit-nothing", MemfdFlags::CLOEXEC) else { return false };
+        let Ok(nothing) = memfd_create("pagekit-nothing", MemfdFlags::CLOEXEC) else {
+            return false;
+        };
         map_page(nothing.as_fd(), address, 0, ProtFlags::READ).is_ok()
     }
 

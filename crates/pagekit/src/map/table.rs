@@ -69,8 +69,7 @@ fn entries() -> impl Iterator<Item = &'static Entry> {
 pub(super) fn find(address: u64) -> Option<*const Map> {
     entries().find_map(|entry| {
         let before = entry.sequence.load(Acquire);
-        let inside =
-            (entry.start.load(Relaxed)..entry.end.load(Relaxed)).contains(&address);
+        let inside = (entry.start.load(Relaxed)..entry.end.load(Relaxed)).contains(&address);
         let map = entry.map.load(Relaxed);
         fence(Acquire);
         let unchanged = before % 2 == 0 && entry.sequence.load(Relaxed) == before;

@@ -8,6 +8,7 @@
 //! |---|---|
 //! | [`zero`] | nothing but zeros: the do-nothing example |
 //! | [`file`] | a file of raw memory; holes are zeros |
+//! | [`python`] | pages that a Python function makes, in a process of its own |
 
 use std::os::fd::BorrowedFd;
 
@@ -17,6 +18,7 @@ use crate::page::Run;
 #[cfg(test)]
 pub(crate) mod conformance;
 pub mod file;
+pub mod python;
 pub mod zero;
 
 /// What a read brought.

@@ -10,6 +10,8 @@
 //! - A writable descriptor can be had from a read-only one by opening `/proc/self/fd/N`, unless the
 //!   *mount* is read-only: clients get a descriptor opened through a read-only clone of the mount.
 //!   Nobody but this process can write the file (root with CAP_SYS_ADMIN could).
+//! - Until Linux 6.14 a mount can be cloned only while it is attached in the caller's mount namespace.
+//!   There a thread makes the clone, in a namespace of its own, which ends with it.
 //! - Without the right to mount, a memfd sealed with F_SEAL_FUTURE_WRITE does nearly the same: the
 //!   alias, mapped before the seal, is the last writable view.
 //! - A child of ours would inherit the alias without its registration and make zero pages by reading
@@ -24,9 +26,11 @@ use rustix::fs::{ftruncate, memfd_create, openat, MemfdFlags, Mode, OFlags, Seal
 use rustix::io::Errno;
 use rustix::mm::{madvise, mmap, munmap, Advice, MapFlags, ProtFlags};
 use rustix::mount::{
-    fsconfig_create, fsconfig_set_string, fsmount, fsopen, open_tree, FsMountFlags, FsOpenFlags,
-    MountAttrFlags, OpenTreeFlags,
+    fsconfig_create, fsconfig_set_string, fsmount, fsopen, mount_change, move_mount, open_tree,
+    FsMountFlags, FsOpenFlags, MountAttrFlags, MountPropagationFlags, MoveMountFlags,
+    OpenTreeFlags,
 };
+use rustix::thread::{unshare_unsafe, UnshareFlags};
 use uffd::{Features, RegisterMode, Userfaultfd};
 
 use crate::delivery::Delivery;
@@ -107,7 +111,7 @@ impl CacheFile {
         let failed = |what: &str, errno: Errno| {
             Error::kernel(format!("cannot {what} the template's file of {size} bytes"), errno)
         };
-        let mounted = on_detached_tmpfs(size);
+        let mounted = on_detached_tmpfs(size, clone_mount);
         let (writable, mounted_readonly) = match mounted {
             Ok((writable, readonly)) => (writable, Some(readonly)),
             Err(_) => {
@@ -259,8 +263,12 @@ impl CacheFile {
 
 const NAME: &CStr = c"template";
 
-/// A file of a tmpfs that no path leads to, and a read-only view of it. Needs CAP_SYS_ADMIN.
-fn on_detached_tmpfs(size: u64) -> rustix::io::Result<(OwnedFd, OwnedFd)> {
+/// A file of a tmpfs that no path leads to, and a read-only view of it, through a clone of the mount
+/// that is made in the given way. Needs CAP_SYS_ADMIN.
+fn on_detached_tmpfs(
+    size: u64,
+    clone: impl Fn(&OwnedFd) -> rustix::io::Result<OwnedFd>,
+) -> rustix::io::Result<(OwnedFd, OwnedFd)> {
     let configuration = fsopen(c"tmpfs", FsOpenFlags::FSOPEN_CLOEXEC)?;
     fsconfig_set_string(configuration.as_fd(), c"huge", c"never")?;
     // Without a size it would be half of the machine's memory. One page for the directory entry.
@@ -275,16 +283,44 @@ fn on_detached_tmpfs(size: u64) -> rustix::io::Result<(OwnedFd, OwnedFd)> {
     )?;
     let create = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
     let writable = openat(&mount, NAME, create, Mode::RUSR | Mode::RGRP | Mode::ROTH)?;
-    let clone = open_tree(
-        &mount,
-        c"",
-        OpenTreeFlags::OPEN_TREE_CLONE
-            | OpenTreeFlags::OPEN_TREE_CLOEXEC
-            | OpenTreeFlags::AT_EMPTY_PATH,
-    )?;
+    let clone = clone(&mount)?;
     make_readonly(&clone)?;
     let readonly = openat(&clone, NAME, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;
     Ok((writable, readonly))
+}
+
+/// Another mount of the same file system, detached too.
+fn clone_mount(mount: &OwnedFd) -> rustix::io::Result<OwnedFd> {
+    match clone_directly(mount) {
+        Err(Errno::INVAL) => clone_by_attaching(mount),
+        cloned => cloned,
+    }
+}
+
+fn clone_directly(mount: &OwnedFd) -> rustix::io::Result<OwnedFd> {
+    let flags = OpenTreeFlags::OPEN_TREE_CLONE
+        | OpenTreeFlags::OPEN_TREE_CLOEXEC
+        | OpenTreeFlags::AT_EMPTY_PATH;
+    open_tree(mount, c"", flags)
+}
+
+/// The same for kernels that clone no detached mount. Afterwards it is detached again.
+fn clone_by_attaching(mount: &OwnedFd) -> rustix::io::Result<OwnedFd> {
+    let in_a_namespace = || {
+        // SAFETY: what this thread no longer shares with the others (root and working directory,
+        // mounts) it uses no further than here; the descriptor table stays common.
+        unsafe { unshare_unsafe(UnshareFlags::FS | UnshareFlags::NEWNS) }?;
+        // Or it would appear in the namespace that this one is a copy of.
+        mount_change(c"/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)?;
+        let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
+        move_mount(mount, c"", rustix::fs::CWD, c"/", flags)?;
+        clone_directly(mount)
+    };
+    std::thread::scope(|scope| {
+        let thread = std::thread::Builder::new().name("pagekit-mount".to_owned());
+        let thread = thread.spawn_scoped(scope, in_a_namespace).map_err(|_| Errno::AGAIN)?;
+        thread.join().map_err(|_| Errno::INVAL)?
+    })
 }
 
 /// `mount_setattr(2)` with MOUNT_ATTR_RDONLY (Linux ≥ 5.12); rustix has no wrapper for it.
@@ -328,4 +364,28 @@ fn sealed(writable: &OwnedFd) -> rustix::io::Result<OwnedFd> {
     )?;
     let path = format!("/proc/self/fd/{}", writable.as_raw_fd());
     rustix::fs::open(path.as_str(), OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// As root, like the tests of the engine.
+    #[test]
+    fn a_mount_that_had_to_be_attached_leaves_no_trace_and_its_clone_is_read_only() {
+        for clone in [clone_mount, clone_by_attaching] {
+            let (writable, readonly) = on_detached_tmpfs(PAGE, clone).unwrap();
+            let device = rustix::fs::fstat(&writable).unwrap().st_dev;
+            let (major, minor) = (rustix::fs::major(device), rustix::fs::minor(device));
+            let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
+            assert!(!mounts.contains(&format!(" {major}:{minor} ")), "{mounts}");
+            rustix::io::write(&writable, b"content").unwrap();
+            let mut found = [0; 7];
+            rustix::io::pread(&readonly, &mut found[..], 0).unwrap();
+            assert_eq!(&found, b"content");
+            let again = format!("/proc/self/fd/{}", readonly.as_raw_fd());
+            let refused = rustix::fs::open(again.as_str(), OFlags::RDWR, Mode::empty());
+            assert_eq!(refused.unwrap_err(), Errno::ROFS);
+        }
+    }
 }

@@ -207,6 +207,11 @@ impl Template {
         Run::between(0, self.size() / PAGE)
     }
 
+    /// How long a page is waited for until it is given up.
+    pub fn deadline(&self) -> Duration {
+        self.deadline
+    }
+
     /// Runs that are zero by the map, rising.
     pub fn zero_runs(&self) -> &[Run] {
         &self.zero_runs
@@ -510,11 +515,7 @@ impl Template {
         }
     }
 
-    fn bring_once(
-        self: &Arc<Self>,
-        page: u64,
-        window: u64,
-    ) -> Result<Option<Run>, Arc<Error>> {
+    fn bring_once(self: &Arc<Self>, page: u64, window: u64) -> Result<Option<Run>, Arc<Error>> {
         let (sender, receiver) = std::sync::mpsc::sync_channel(1);
         let waiter: Waiter = Box::new(move |outcome| {
             // The receiver lives until it got this one message.

@@ -233,7 +233,7 @@ fn decode_body(kind: u8, body: &[u8]) -> Option<Message> {
 }
 
 /// Exactly `N` numbers, and nothing behind them.
-fn numbers<const N: usize>(bytes: &[u8]) -> Option<[u64; N]> {
+pub(super) fn numbers<const N: usize>(bytes: &[u8]) -> Option<[u64; N]> {
     if bytes.len() != N * 8 {
         return None;
     }
