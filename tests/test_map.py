@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import array
 import ctypes
+import faulthandler
 import gc
 import hashlib
 import json
@@ -581,6 +582,7 @@ def in_child(body: Any) -> int:
     pid = os.fork()
     if pid == 0:
         status = 1
+        faulthandler.disable()  # where a signal is wanted, it would only be noise
         try:
             body()
             status = 0
@@ -859,15 +861,13 @@ def test_huge_pages(tmp_path: Path) -> None:
             view = memoryview(found)
             assert in_child(lambda: view[0]) == -signal.SIGSEGV
             view.release()
-            with pytest.raises(pagekit.errors.Unsupported, match="no 3 free huge pages"):
-                pagekit.map(memory.spec, page_size=2 << 20)
         with (
             pagekit.map(memory.spec, page_size=2 << 20, layers=["fail=page:700"]) as found,
             pagekit.map(memory.spec, page_size=PAGE) as other,
         ):
             assert found[:] == other[:] == whole, "a page that is zero by the map is not read"
-    with pytest.raises(pagekit.errors.Unsupported, match="free huge pages"):
-        pagekit.map(memory.spec, page_size=2 << 20)
+    with pytest.raises(pagekit.errors.Unsupported, match="no 32768 free huge pages"):
+        pagekit.map("zero:64G", page_size=2 << 20)
     with pytest.raises(UsageError, match="whole huge pages"):
         pagekit.map("zero:4100K", page_size=2 << 20)
 
