@@ -170,9 +170,9 @@ impl Target {
             faults_before: AtomicU64::new(0),
             ahead: AtomicU64::new(0),
             gone: AtomicBool::new(false),
+            owner: new.owner,
             relayed: AtomicBool::new(false),
             claims: Mutex::new(Arc::new([])),
-            owner: new.owner,
             _connection: new.connection,
         }
     }
