@@ -11,16 +11,6 @@ pub fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> io::Result<Joi
     thread
 }
 
-/// How much nicer than the rest of the process.
-const NICENESS: i32 = 5;
-
-/// Lets the threads that serve faults go first.
-pub fn be_nice() {
-    // SAFETY: no memory is passed. On Linux this concerns the calling thread alone. A refusal costs
-    // nothing but the courtesy.
-    unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, NICENESS) };
-}
-
 /// All signals of this thread, blocked until dropped. A thread started meanwhile inherits it.
 struct BlockedSignals(libc::sigset_t);
 

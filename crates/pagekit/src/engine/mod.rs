@@ -28,8 +28,8 @@ use std::collections::HashMap;
 use std::io::{self, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::panic::{catch_unwind, AssertUnwindSafe};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicU8, Ordering::Relaxed};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -40,7 +40,6 @@ use crate::error::{Error, Result};
 use crate::page::Run;
 use crate::template::Fetch;
 pub use ahead::Ahead;
-use broadcast::Broadcast;
 use deputy::Deputy;
 pub use outcome::{Histogram, Outcome, Outcomes};
 pub(crate) use target::kill;
@@ -106,8 +105,10 @@ pub(crate) struct Shared {
     ahead: AtomicU64,
     /// Told of every target that a client brings.
     greeter: Mutex<Option<Greeter>>,
-    /// Puts what one target demands into its siblings, if that is wanted.
-    broadcast: OnceLock<Arc<Broadcast>>,
+    /// What is put into siblings: a [`broadcast::Policy`].
+    broadcast: AtomicU8,
+    /// Pages that came so.
+    spread: AtomicU64,
     /// The second handler, if there is one.
     deputy: RwLock<Option<Arc<dyn Deputy>>>,
     /// Whether a target may have deferred faults, so that the loop need not look for them in vain.
@@ -179,7 +180,8 @@ impl Engine {
                 faults: AtomicU64::new(0),
                 ahead: AtomicU64::new(0),
                 greeter: Mutex::default(),
-                broadcast: OnceLock::new(),
+                broadcast: AtomicU8::new(0),
+                spread: AtomicU64::new(0),
                 deputy: RwLock::default(),
                 deferred: AtomicBool::new(false),
                 outcomes: Arc::default(),
@@ -313,7 +315,7 @@ impl Engine {
             targets,
             targets_ever: self.shared.ever.load(Relaxed),
             ahead_pages: self.shared.ahead.load(Relaxed),
-            broadcast_pages: self.shared.broadcast_pages(),
+            broadcast_pages: self.shared.spread.load(Relaxed),
             reports: self.shared.reports.lock().unwrap_or_else(PoisonError::into_inner).clone(),
         }
     }
@@ -327,9 +329,6 @@ impl Engine {
         if let Some(thread) = thread {
             // The loop reports its own panics; there is nothing left to learn from it.
             let _ = thread.join();
-        }
-        if let Some(broadcast) = self.shared.broadcast.get() {
-            broadcast.stop();
         }
         self.shared.workers.stop();
         self.shared.targets().clear();
