@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-test demo test soak lint format bench bare bare-demo bare-sudo clean
+.PHONY: help setup setup-test demo test kernels soak lint format bench bare bare-demo bare-sudo clean
 
 # On a machine that must have everything the tests need, a test that is skipped has failed.
 STRICT := $(shell [ "$$(id -u)" = 0 ] && [ -w /dev/userfaultfd ] && uname -r | \
@@ -24,6 +24,9 @@ demo: setup ## boot twenty sandboxes from one template, and compare (ARGS=--json
 test: lint ## set up everything; lints, Rust tests, Python tests (ARGS="-k share": arguments of pytest)
 	cargo test --quiet --locked --workspace
 	PAGEKIT_STRICT=$(STRICT) .venv/bin/pytest $(ARGS)
+
+kernels: setup-test ## the Rust tests in guests with Debian's oldest and newest kernel, minutes each (ARGS="--kernel 6.12", --list)
+	@.venv/bin/python tests/kernels.py $(ARGS)
 
 soak: setup-test ## Firecracker's clients under load for a minute, every byte checked (ARGS="--seconds 600")
 	@.venv/bin/python tests/soak.py $(ARGS)

@@ -36,52 +36,19 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
+
+from common import PATIENCE, PROGRAMS, compiled, handler
 
 import pagekit
 from pagekit.client import server_program
 
-HERE = Path(__file__).parent
+TESTS = Path(__file__).parent.parent / "tests"
 SIZE = 128 << 20
 ORDERS = {"random": "random 1", "sequential": "sequential 1", "two threads": "random 2"}
 TIMES = ["waits_p50_us", "waits_p99_us", "touches_p50_us", "touches_p99_us"]
-PATIENCE = 60.0
-
-
-def compiled(source: Path, place: Path) -> Path:
-    binary = place / source.stem
-    subprocess.run(["cc", "-O2", "-pthread", "-o", binary, source], check=True)
-    return binary
-
-
-def listens(socket: Path) -> bool:
-    """Whether somebody listens there; connecting would use up a handler that takes one client."""
-    rows = (line.split() for line in Path("/proc/net/unix").read_text().splitlines())
-    accepting = "00010000"
-    return any(row[-1] == str(socket) and row[3] == accepting for row in rows)
-
-
-@contextmanager
-def handler(command: Sequence[object], socket: Path) -> Iterator[None]:
-    """A handler that listens, until the context ends."""
-    process = subprocess.Popen(
-        [str(part) for part in command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    deadline = time.monotonic() + PATIENCE
-    try:
-        while not listens(socket):
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise SystemExit(f"{command[0]} does not listen at {socket}")
-            time.sleep(0.001)
-        yield
-    finally:
-        process.kill()
-        process.wait()
-        socket.unlink(missing_ok=True)
 
 
 class Bench:
@@ -91,8 +58,8 @@ class Bench:
         self.socket = place / "socket"
         self.memory = place / "memory"
         self.memory.write_bytes(random.randbytes(SIZE))
-        self.client = compiled(HERE.parent / "tests/programs/firecracker.c", place)
-        reference = compiled(HERE / "programs/handler.c", place)
+        self.client = compiled(TESTS / "programs/firecracker.c", place)
+        reference = compiled(PROGRAMS / "handler.c", place)
         given = [self.socket, self.memory]
         pagekitd = [server_program(), f"file:{self.memory}", "--firecracker", self.socket]
         self.theirs: dict[str, Sequence[object]] = {

@@ -61,17 +61,19 @@ class Run:
     def tests(self) -> list[Test]:
         """Its tests, and one more that failed if it did not end as it should have."""
         found = _tests(self.lines)
-        ended = {None: "the guest was gone before it ended", TIMED_OUT: "killed: out of time"}
         counts = (_COUNT.fullmatch(line) for line in self.lines)
-        expected = next((int(count[1]) for count in counts if count), 0)
+        expected = next((count[1] for count in counts if count), "an unknown number of")
+        missed = f"{len(found)} of {expected} tests were heard of"
+        ended = {None: "the guest was gone before it ended", TIMED_OUT: "killed: out of time"}
+        problems = []
         if self.status in ended:
-            found.append(Test("(ends)", "failed", ended[self.status]))
+            problems.append(Test("(ends)", "failed", ended[self.status]))
         elif self.status != 0 and not any(test.verdict == "failed" for test in found):
-            found.append(Test("(ends)", "failed", f"exit status {self.status}: {self.tail()}"))
-        elif len(found) != expected:
-            why = f"{len(found)} of {expected} tests were heard of"
-            found.append(Test("(all of them)", "failed", why))
-        return found
+            why = f"exit status {self.status}: {self.tail()}"
+            problems.append(Test("(ends)", "failed", why))
+        if self.status is not None and str(len(found)) != expected:
+            problems.append(Test("(all of them)", "failed", missed))
+        return found + problems
 
     def tail(self) -> str:
         """The last line that says something."""

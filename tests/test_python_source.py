@@ -240,12 +240,6 @@ def test_modules_that_raise(module: Callable[[str], str]) -> None:
     assert isinstance(raised.value.__cause__, SyntaxError)
 
 
-def test_modules_that_do_not_come_to_an_end(module: Callable[[str], str]) -> None:
-    name = module("import threading; threading.Event().wait()")
-    with pytest.raises(errors.SourceTimeout, match=f"the module of callback {name}:f was not"):
-        pagekit.Template(f"python:{name}:f:64K,timeout=500ms")
-
-
 def test_modules_that_end_the_process(module: Callable[[str], str]) -> None:
     name = module("import os; os._exit(9)")
     with pytest.raises(errors.UsageError, match="ended with status 9 before it had loaded it"):
@@ -366,18 +360,17 @@ def test_what_is_returned_must_be_what_was_asked_for(number: int, expected: str)
 
 @pytest.mark.parametrize("function", [callbacks.hanging, callbacks.hanging_with_the_gil])
 def test_one_that_hangs(function: Callable[[int, int], bytes]) -> None:
-    spec = spec_of(function, SIZE, timeout=0.4)
+    spec = spec_of(function, SIZE, timeout=1)
     with pagekit.Template(spec) as template:
-        for _ in range(2):
-            with pytest.raises(TimeoutError) as raised:
-                template.read(PAGE, PAGE)
-            assert isinstance(raised.value, errors.SourceTimeout)
-            assert "for page 1 did not return in 400ms" in str(raised.value)
-            assert raised.value.hint and "timeout=60s" in raised.value.hint
-            assert not raised.value.retryable and raised.value.exit_code == 6
-        # Its neighbours are not taken along.
+        with pytest.raises(TimeoutError) as raised:
+            template.read(PAGE, PAGE)
+        assert isinstance(raised.value, errors.SourceTimeout)
+        assert "for page 1 did not return in 1s" in str(raised.value)
+        assert raised.value.hint and "timeout=60s" in raised.value.hint
+        assert not raised.value.retryable and raised.value.exit_code == 6
+        # Its neighbours are not taken along, and need not wait for it again.
         assert template.read(2 * PAGE, PAGE) == page(2)
-        assert template.statistics()["stack"]["python.restarts"] > 0
+        assert template.statistics()["stack"]["python.restarts"] == 2
 
 
 def test_one_that_hangs_does_not_stop_other_python_threads() -> None:

@@ -1,7 +1,7 @@
-/* handler SOCKET MEMORY [all]: what public example handlers for Firecracker's snapshots do, in as few
+/* handler SOCKET MEMORY [all|read]: what public example handlers for Firecracker's snapshots do, in as few
  * lines as it takes: accept one client, receive its regions and its userfaultfd, map the memory file and
  * populate the mapping; then poll, read one event, copy one page, and so on. With "all", the first fault
- * is answered by copying every region whole. Nothing is done about pages that are given back. */
+ * is answered by copying every region whole; with "read", it sleeps in read, without poll. Nothing is done about pages that are given back. */
 #define _GNU_SOURCE
 #include <fcntl.h>
 #include <linux/userfaultfd.h>
@@ -42,7 +42,7 @@ static void copy(int uffd, uint64_t to, const unsigned char *from, uint64_t leng
 
 int main(int argc, char **argv) {
     if (argc < 3)
-        return fprintf(stderr, "usage: handler SOCKET MEMORY [all]\n"), 2;
+        return fprintf(stderr, "usage: handler SOCKET MEMORY [all|read]\n"), 2;
     struct stat status;
     int file = open(argv[2], O_RDONLY);
     if (file < 0 || fstat(file, &status))
@@ -77,16 +77,19 @@ int main(int argc, char **argv) {
         regions[count++].offset = field(object, end, "offset");
         page = field(object, end, "\"page_size");
     }
+    int whole = argc > 3 && !strcmp(argv[3], "all"), reads = argc > 3 && !whole;
+    if (reads && fcntl(uffd, F_SETFL, 0))
+        fail("F_SETFL");
     for (;;) {
         struct pollfd one = {uffd, POLLIN, 0};
         struct uffd_msg event;
-        if (poll(&one, 1, -1) < 0)
+        if (!reads && poll(&one, 1, -1) < 0)
             fail("poll");
         if (read(uffd, &event, sizeof event) != sizeof event || event.event != UFFD_EVENT_PAGEFAULT)
             continue;
         uint64_t address = event.arg.pagefault.address & ~(page - 1);
         for (int i = 0; i < count; i++) {
-            if (argc > 3)
+            if (whole)
                 copy(uffd, regions[i].start, memory + regions[i].offset, regions[i].size);
             else if (address - regions[i].start < regions[i].size)
                 copy(uffd, address, memory + regions[i].offset + (address - regions[i].start), page);

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import struct
 import sys
 from collections.abc import Callable
@@ -93,13 +94,29 @@ def original(pickled: bytes, text: str) -> BaseException:
 
 def main() -> None:
     """Loads the callback that the command line names, and serves it on standard input."""
-    name, sys.argv = sys.argv[1], ["-c"]
+    name, parent, sys.argv = sys.argv[1], int(sys.argv[2]), ["-c"]
+    end_with(parent)
+    # Who handles an interruption may need pages. Signals are blocked until here.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
     connection = os.dup(0)  # not inherited by what the callback starts
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
     os.close(null)
     with suppress(BrokenPipeError, ConnectionResetError):  # nobody is interested any more
         serve(connection, name)
+
+
+def end_with(parent: int) -> None:
+    """Has the kernel end this process with the thread that started it, whatever it does then."""
+    try:
+        import ctypes
+    except ImportError:
+        return  # it still ends when it next waits for a request
+    PR_SET_PDEATHSIG = 1
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        sys.exit()
 
 
 def serve(connection: int, name: str) -> None:

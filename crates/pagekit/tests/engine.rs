@@ -2,19 +2,23 @@
 
 mod common;
 
-use std::io::Write;
-use std::os::fd::AsRawFd;
+use std::io::{Read, Write};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt;
-use std::process::Stdio;
+use std::process::{ExitStatus, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use common::*;
-use pagekit::engine::{Engine, Outcome};
+use pagekit::engine::region::RegionMap;
+use pagekit::engine::{Engine, NewTarget, Outcome};
 use pagekit::page::{Run, PAGE};
 use pagekit::template::Template;
 use rustix::mm::{madvise, mprotect, mremap, munmap, Advice, MprotectFlags, MremapFlags};
+use rustix::process::{pidfd_open, Pid, PidfdFlags};
+use uffd::{Access, Opening, RegisterMode, Support, Userfaultfd};
 
 fn engine() -> Arc<Engine> {
     Arc::new(Engine::start().unwrap())
@@ -261,6 +265,9 @@ fn moved_memory_is_served_at_its_new_place() {
 /// round of waking and faulting.
 #[test]
 fn memory_that_grew_or_was_left_behind_by_a_move_is_not_an_endless_loop() {
+    if !need("POISON") {
+        return; // this process would have to be killed
+    }
     let template = template(16, &[]);
     let (engine, target) = serve(&template, "copy");
     assert_eq!(target.touch(0), first_byte(0));
@@ -308,6 +315,9 @@ fn a_run_across_a_protection_border_is_served_page_by_page() {
 
 #[test]
 fn a_page_that_cannot_be_had_is_poisoned_and_the_others_are_served() {
+    if !need("POISON") {
+        return; // this process would have to be killed
+    }
     for name in BOTH {
         let template = template(64, &["fail=page:20"]);
         let (engine, target) = serve(&template, name);
@@ -328,6 +338,9 @@ fn a_page_that_cannot_be_had_is_poisoned_and_the_others_are_served() {
 
 #[test]
 fn a_source_that_is_out_of_reach_ends_at_the_deadline_for_every_waiter() {
+    if !need("POISON") {
+        return; // this process would have to be killed
+    }
     let file = template_file(16, &[]);
     let template = open(&spec(&file), &["fail=always"], Duration::from_millis(50));
     let engine = engine();
@@ -349,24 +362,73 @@ fn a_failure_that_passes_is_not_seen_by_the_target() {
     }
 }
 
+/// The other end of the socket that a process that plays a target has as its standard input.
+fn served_process(role: &str, template: &Arc<Template>) -> (ExitStatus, Arc<Engine>) {
+    let (ours, its) = UnixStream::pair().unwrap();
+    let mut child = actor(role).stdin(OwnedFd::from(its)).spawn().unwrap();
+    let mut start = [0; 8];
+    let (_, descriptors) = uffd::passing::receive(&ours, &mut start).unwrap();
+    let uffd = Userfaultfd::from(descriptors.into_iter().next().expect("a userfaultfd"));
+    let start = u64::from_ne_bytes(start);
+    uffd.handshake(EVENTS).unwrap();
+    uffd.register(start, template.whole().bytes(), RegisterMode::MISSING).unwrap();
+    let pid = Pid::from_child(&child);
+    let pidfd = pidfd_open(pid, PidfdFlags::empty()).unwrap();
+    let engine = engine();
+    let new = NewTarget {
+        uffd,
+        process: Some((pid.as_raw_nonzero().get(), pidfd)),
+        template: Arc::clone(template),
+        backend: backend("copy"),
+        regions: RegionMap::new(start, template.whole()),
+        beacon: None,
+        page_size: PAGE,
+        owner: None,
+        connection: None,
+    };
+    engine.add(new).unwrap();
+    (&ours).write_all(b"go").unwrap();
+    (child.wait().unwrap(), engine)
+}
+
+/// What it does: memory of `pages`, which is served when this returns.
+fn be_served(pages: u64) -> Mapping {
+    let memory = Mapping::anonymous(pages);
+    let uffd = Userfaultfd::open(Opening::SystemCall(Access::Full)).unwrap();
+    uffd::passing::send(std::io::stdin(), &memory.start.to_ne_bytes(), &[uffd.as_fd()]).unwrap();
+    std::io::stdin().read_exact(&mut [0; 2]).unwrap();
+    memory
+}
+
 #[test]
-fn sigbus_is_what_a_process_gets_for_a_page_that_cannot_be_had() {
-    const ROLE: &str = "sigbus_is_what_a_process_gets_for_a_page_that_cannot_be_had";
-    if !playing(ROLE) {
-        let status = play(ROLE, Stdio::null());
-        assert_eq!(status.signal(), Some(libc::SIGBUS), "{status}");
-        return;
+fn a_process_that_touches_a_page_that_cannot_be_had_gets_sigbus_or_is_killed() {
+    const ROLE: &str = "a_process_that_touches_a_page_that_cannot_be_had_gets_sigbus_or_is_killed";
+    if playing(ROLE) {
+        // SAFETY: the runtime's handler of this signal is for stack overflows; the default is asked for.
+        unsafe { libc::signal(libc::SIGBUS, libc::SIG_DFL) };
+        let memory = be_served(16);
+        assert_eq!(touch(memory.at(2)), first_byte(2));
+        touch(memory.at(3));
+        panic!("it read a page that cannot be had");
     }
-    // SAFETY: the runtime's handler of this signal is for stack overflows; the default is asked for.
-    unsafe { libc::signal(libc::SIGBUS, libc::SIG_DFL) };
     let template = template(16, &["fail=page:3"]);
-    let (_engine, target) = serve(&template, "copy");
-    assert_eq!(target.touch(2), first_byte(2));
-    target.touch(3);
+    let (status, engine) = served_process(ROLE, &template);
+    let (signal, outcome, said) = match Support::probe().has("POISON") {
+        true => (libc::SIGBUS, Outcome::Poisoned, "SIGBUS"),
+        false => (libc::SIGKILL, Outcome::Killed, "the process was killed"),
+    };
+    assert_eq!(status.signal(), Some(signal), "{status}");
+    assert_all_counted(&engine);
+    assert_eq!(outcomes(&engine, outcome), 1);
+    let reports = engine.statistics().reports;
+    assert!(reports[0].contains("fail=page:3") && reports[0].contains(said), "{reports:?}");
 }
 
 #[test]
 fn a_damaged_template_poisons_and_never_gives_zeros() {
+    if !need("POISON") {
+        return; // this process would have to be killed
+    }
     for name in BOTH {
         let template = template(600, &[]);
         let (engine, target) = serve(&template, name);
@@ -384,6 +446,9 @@ fn a_damaged_template_poisons_and_never_gives_zeros() {
 /// What is on stderr is nobody's business here: a pipe that nobody reads must not end the loop.
 #[test]
 fn a_report_to_nobody_does_not_end_the_engine() {
+    if !need("POISON") {
+        return; // this process would have to be killed
+    }
     const ROLE: &str = "a_report_to_nobody_does_not_end_the_engine";
     if !playing(ROLE) {
         let (read, write) = rustix::pipe::pipe().unwrap();
@@ -429,6 +494,9 @@ fn stopping_while_faults_wait_ends_the_threads_and_hangs_nobody() {
 /// A fetch that belongs to an engine which stops is of use to others too.
 #[test]
 fn stopping_one_engine_disturbs_no_target_of_another() {
+    if !need("POISON") {
+        return; // this process would have to be killed
+    }
     // One is under way when its engine stops, the other is between two tries.
     for layer in ["delay=100ms", "fail=8"] {
         let template = template(64, &[layer]);

@@ -1114,6 +1114,9 @@ fn huge_pages_come_ahead_whole_or_not_at_all() {
 
 #[test]
 fn a_huge_page_that_cannot_be_had_is_poisoned() {
+    if !need("POISON") {
+        return; // this process would have to be killed
+    }
     let Some(_pool) = Pool::of(4) else { return };
     let service = service(template(1024, &["fail=page:20"]));
     let vmm = Vmm::with(&service, huge_memory(2));

@@ -7,7 +7,6 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitCode};
 
 use pagekit::error::{Error, Result};
-use pagekit::stack;
 
 use crate::options::Options;
 use crate::recording::Recording;
@@ -39,16 +38,16 @@ pub fn how_to_attach(options: &Options, socket: &Path) -> String {
     )
 }
 
-/// Runs the command to its end, and gives its status. Signals are passed on to it, but for the one that
-/// is meant for a recording.
+/// Runs the command to its end, with a file of `size` bytes to map, and gives its status. Signals are
+/// passed on to it, but for the one that is meant for a recording.
 pub fn run(
     options: &Options,
+    size: u64,
     socket: &Path,
     signals: &Signals,
     recording: Option<&Recording>,
 ) -> Result<ExitCode> {
     let failed = |what: &str, error| Error::Kernel { what: what.to_owned(), error };
-    let size = stack::open::<&str>(&options.spec, &[])?.capabilities().size;
     let mut path = socket.as_os_str().to_owned();
     path.push(".stub");
     let stub = Stub::create(path.into(), size)

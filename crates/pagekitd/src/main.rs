@@ -60,7 +60,10 @@ fn serve(options: &Options) -> Result<ExitCode> {
     let server = Server::start(template, delivery, options.ways())?;
     announce(options, &server);
     let code = match (&options.socket, options.command.is_empty()) {
-        (Some(socket), false) => captive::run(options, socket, &signals, recording.as_ref())?,
+        (Some(socket), false) => {
+            let size = server.template().size();
+            captive::run(options, size, socket, &signals, recording.as_ref())?
+        }
         _ => {
             wait_for_end(&signals, recording.as_ref());
             ExitCode::SUCCESS

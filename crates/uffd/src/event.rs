@@ -3,16 +3,20 @@
 //! Some facts about the kernel:
 //! - One `read` hands out page faults first, then the other events, each in their order: a fault may be
 //!   the consequence of a removal that comes behind it, or in the next read.
-//! - Whoever caused an event (fork, mremap, madvise, munmap) waits until it is read.
+//! - Whoever caused an event (fork, mremap, madvise, munmap) waits until it is read: a process that
+//!   unmaps memory which it serves itself, by the thread that would read, hangs.
+//! - No event tells of what happens to a file instead of to memory (a hole punched, an end cut off), nor of
+//!   reclaim, exec, exit, or of starting a program by vfork.
 //! - A FORK brings a descriptor, installed in the table of the process that reads.
 //! - `poll` on a descriptor without `O_NONBLOCK` reports POLLERR.
 
 use std::io;
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{FromRawFd, OwnedFd};
 use std::time::Duration;
 
 use rustix::event::{poll, PollFd, PollFlags, Timespec};
+use rustix::io::Errno;
 
 use crate::abi;
 use crate::descriptor::Userfaultfd;
@@ -32,7 +36,9 @@ pub enum Event {
     /// The target forked; this is the child's userfaultfd, registered and negotiated as the
     /// parent's was.
     Fork(Userfaultfd),
-    /// `mremap` moved `len` bytes; the new range is registered.
+    /// `mremap` moved `len` bytes; the new range is registered, also where it is longer now. The old one
+    /// stays registered, and empty, if the call left it mapped (MREMAP_DONTUNMAP); else EVENT_UNMAP, if
+    /// negotiated, tells that it is gone.
     Remap {
         /// Old start.
         from: u64,
@@ -41,14 +47,18 @@ pub enum Event {
         /// Old length.
         len: u64,
     },
-    /// Pages of the range are about to be dropped; they read zero from then on.
+    /// Pages of the range are about to be dropped. What they had is gone: zeros from then on, not what
+    /// they were filled with. But a shared mapping whose file keeps its pages (MADV_DONTNEED, where
+    /// MADV_REMOVE would drop them) shows those again, without a fault.
     Remove {
         /// First address.
         start: u64,
         /// End, exclusive.
         end: u64,
     },
-    /// The range is no longer mapped.
+    /// The range is no longer mapped. It is the range of the call that did it, one event however much of
+    /// it was registered: it may begin before and end behind the registered memory, with other memory and
+    /// holes between.
     Unmap {
         /// First address.
         start: u64,
@@ -152,7 +162,7 @@ impl Userfaultfd {
         });
         let mut polled = [PollFd::new(self, PollFlags::IN)];
         match poll(&mut polled, time.as_ref()) {
-            Err(rustix::io::Errno::INTR) => return Ok(false),
+            Err(Errno::INTR) => return Ok(false),
             outcome => outcome?,
         };
         match polled[0].revents().contains(PollFlags::ERR) {
@@ -169,17 +179,13 @@ impl Userfaultfd {
     /// # Errors
     /// EINVAL before the handshake.
     pub fn read_events<'a>(&self, buffer: &'a mut MessageBuffer) -> io::Result<Events<'a>> {
-        let room = buffer.0.len() * abi::MESSAGE_BYTES;
-        // SAFETY: the buffer has `room` bytes and is borrowed for the call.
-        let read =
-            unsafe { libc::read(self.as_fd().as_raw_fd(), buffer.0.as_mut_ptr().cast(), room) };
-        let count = match usize::try_from(read) {
-            Ok(bytes) => bytes / abi::MESSAGE_BYTES,
-            Err(_) => match io::Error::last_os_error() {
-                error if error.kind() == io::ErrorKind::WouldBlock => 0,
-                error if error.kind() == io::ErrorKind::Interrupted => 0,
-                error => return Err(error),
-            },
+        let (at, room) = (buffer.0.as_mut_ptr().cast(), buffer.0.len() * abi::MESSAGE_BYTES);
+        // SAFETY: the same memory, borrowed for the call, as bytes that need not be initialised.
+        let bytes: &mut [MaybeUninit<u8>] = unsafe { std::slice::from_raw_parts_mut(at, room) };
+        let count = match rustix::io::read(self, bytes) {
+            Ok((read, _)) => read.len() / abi::MESSAGE_BYTES,
+            Err(Errno::AGAIN | Errno::INTR) => 0,
+            Err(errno) => return Err(errno.into()),
         };
         // SAFETY: the kernel initialised the first `count` messages, and the type is plain bytes.
         let messages = unsafe { std::slice::from_raw_parts(buffer.0.as_ptr().cast(), count) };

@@ -175,7 +175,7 @@ features! {
         RWP_ASYNC = 18: "7.3", "",
             "userfaultfd: add UFFD_FEATURE_RWP_ASYNC for async fault resolution";
             gives "such faults resolved by the kernel itself, to be read with PAGEMAP_SCAN";
-            needs "";
+            needs "RWP in the same handshake";
             without "finding out which pages are in use costs a fault for each"
     }
     tried {

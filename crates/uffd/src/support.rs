@@ -3,7 +3,8 @@
 //! Some facts about the kernel, and what follows here:
 //! - The handshake answers with all features of the kernel, whoever asks and however the descriptor was
 //!   opened; EVENT_FORK alone is refused later, with EPERM, to those without CAP_SYS_PTRACE. So it is
-//!   negotiated once, on a throw-away descriptor.
+//!   negotiated once, on a throw-away descriptor; RWP_ASYNC together with RWP, without which 7.3 refuses
+//!   it.
 //! - What has no bit is tried on memory of our own, and what an older kernel answers to it (EINVAL,
 //!   ENOTTY) is told from what a process may not do (EPERM, EACCES).
 
@@ -95,7 +96,12 @@ fn negotiable(way: Option<Opening<'_>>, feature: Features) -> State {
     let Some(uffd) = way.and_then(|way| Userfaultfd::open(way).ok()) else {
         return State::Forbidden;
     };
-    match uffd.handshake(feature) {
+    // The one that is refused alone.
+    let wanted = match feature == Features::RWP_ASYNC {
+        true => feature | Features::RWP,
+        false => feature,
+    };
+    match uffd.handshake(wanted) {
         Ok(()) => State::Have,
         Err(_) => State::Forbidden,
     }

@@ -36,8 +36,11 @@ use crate::wire::firecracker::{Handshake, Incoming, Region};
 
 /// From the connection until the handshake is complete.
 const PATIENCE: Duration = Duration::from_secs(10);
-/// From the end of a connection, which a process closes while it ends, until it has ended.
+/// From the end of a connection or of its memory, which a process gives up while it ends, until it has
+/// ended.
 const ENDING: Duration = Duration::from_secs(1);
+/// Why nobody is served whose memory is gone.
+const GONE: &str = "its userfaultfd is of a process that has ended";
 /// Clients in the middle of their handshake; further ones wait at the door.
 const MOST_VISITORS: usize = 1024;
 /// Bytes of incomplete handshakes, of all clients together.
@@ -104,6 +107,13 @@ impl Visitor {
             None => self.socket.as_fd(),
             Some(_) => self.pidfd.as_fd(),
         }
+    }
+
+    /// It seems to be ending: that is waited for. Not done with.
+    fn ends(&mut self, why: String) -> bool {
+        self.hung_up = Some(why);
+        self.deadline = self.deadline.min(Instant::now() + ENDING);
+        false
     }
 }
 
@@ -288,16 +298,17 @@ impl Service {
             if !visitor.handed_over {
                 return Err(why.to_owned());
             }
-            visitor.hung_up = Some(why.to_owned());
-            visitor.deadline = visitor.deadline.min(Instant::now() + ENDING);
-            return Ok(false);
+            return Ok(visitor.ends(why.to_owned()));
         }
         let message = &mut visitor.message;
         message.push(&buffer[..received.bytes]).map_err(|malformed| malformed.to_string())?;
         if !message.is_complete() || visitor.descriptors.is_empty() {
             return Ok(false);
         }
-        let target = self.serve(visitor)?;
+        let target = match self.serve(visitor) {
+            Err(why) if why == GONE => return Ok(visitor.ends(why)),
+            served => served?,
+        };
         self.served.fetch_add(1, Relaxed);
         let mut targets = self.targets();
         targets.retain(|id| self.engine.target(*id).is_some());
@@ -338,6 +349,7 @@ impl Service {
             regions: RegionMap::of(regions),
             beacon: None,
             page_size: handshake.page_size,
+            owner: None,
             connection: Some(visitor.socket.try_clone().map_err(failed)?),
         };
         self.engine.add(new).map(|target| target.id).map_err(|error| error.to_string())
@@ -458,7 +470,7 @@ impl Registered<'_> {
             return Err("its regions consist of too many mappings".to_owned());
         }
         match self.uffd.probe_range(start, len) {
-            Some(Errno::SRCH) => Err("its userfaultfd is of a process that has ended".to_owned()),
+            Some(Errno::SRCH) => Err(GONE.to_owned()),
             answer => Ok(answer.unwrap_or(Errno::FAULT)),
         }
     }

@@ -14,6 +14,8 @@
 //!   installs a page in between that was just removed.
 //! - A refused fault goes to the target's deferred queue, and is tried again when events were read
 //!   *and* on a timer that starts small: neither alone is enough.
+//! - Where only one thread faults, one fault is read, and served without a look at what else there is:
+//!   that look is 3 % of a fault. If there is an event, the kernel refuses.
 //! - After a fault, keep looking at that target for a little while, about as long as a wake-up would
 //!   cost, longer where that succeeds. Between faults the loop sleeps: an idle server costs nothing.
 
@@ -28,6 +30,7 @@ use rustix::io::Errno;
 use uffd::{Cause, Event, MessageBuffer};
 
 use super::deputy::Happening;
+use super::placement::{Neighbour, QUIET};
 use super::region::RegionMap;
 use super::target::{NewTarget, Target};
 use super::{after, Shared, TargetId, Token};
@@ -37,6 +40,9 @@ const MESSAGES: usize = 64;
 /// Polling after a fault lasts between these; each miss halves the time, each hit doubles it.
 const SHORTEST_POLL: Duration = Duration::from_micros(10);
 const LONGEST_POLL: Duration = Duration::from_micros(200);
+/// A thread that offers its processor while it polls, and gets it back later than after a poll, has lost
+/// it to others: who sleeps is preferred to who polls then. So long no polling.
+const CROWDED: Duration = Duration::from_millis(5);
 /// While polling for one target, see so often whether others wait.
 const LOOK_AROUND: Duration = Duration::from_micros(500);
 /// Exit and exec of a process without pidfd announce nothing: ask so often.
@@ -49,7 +55,11 @@ pub(super) fn run(shared: &Arc<Shared>) {
     let mut state = Loop {
         shared,
         messages: MessageBuffer::new(MESSAGES),
+        one: MessageBuffer::new(1),
+        faults: Vec::with_capacity(MESSAGES),
         poll: SHORTEST_POLL,
+        crowded: Instant::now(),
+        neighbour: Neighbour::new(Arc::clone(&shared.placement)),
         next_life_sign: after(LIFE_SIGN),
         starved: false,
     };
@@ -59,6 +69,9 @@ pub(super) fn run(shared: &Arc<Shared>) {
         ready.clear();
         state.wait(&mut ready, due);
         let mut hot = state.handle(&ready);
+        if hot.is_empty() {
+            state.neighbour.leave(Instant::now());
+        }
         due = state.retry_deferred();
         if let (Some(target), None) = (hot.pop(), hot.pop()) {
             // Only one target is busy: polling for several would take the CPU they need.
@@ -71,16 +84,26 @@ pub(super) fn run(shared: &Arc<Shared>) {
 struct Loop<'a> {
     shared: &'a Arc<Shared>,
     messages: MessageBuffer,
+    /// Room for one message.
+    one: MessageBuffer,
+    /// Faults just read, and whether each is a write to a protected page; empty in between.
+    faults: Vec<(u64, bool)>,
     poll: Duration,
+    /// No polling before this moment: others need the processor.
+    crowded: Instant,
+    neighbour: Neighbour,
     next_life_sign: Instant,
     /// Whether the last fork found no room for its descriptor.
     starved: bool,
 }
 
 impl Loop<'_> {
-    fn wait(&self, ready: &mut Vec<EpollEvent>, due: Option<Instant>) {
+    fn wait(&mut self, ready: &mut Vec<EpollEvent>, due: Option<Instant>) {
         let mut until = due;
-        if !self.shared.targets().is_empty() {
+        if self.neighbour.stays() {
+            let quiet = after(QUIET);
+            until = Some(until.map_or(quiet, |due| due.min(quiet)));
+        } else if !self.shared.targets().is_empty() {
             until = Some(until.map_or(self.next_life_sign, |due| due.min(self.next_life_sign)));
         }
         let timeout = until.map(|until| {
@@ -112,7 +135,7 @@ impl Loop<'_> {
                 Token::Exit(id) => self.shared.forget(id),
                 Token::Events(id) => {
                     if let Some(target) = self.find(id) {
-                        if self.drain(&target) {
+                        if self.drain(&target, Instant::now()) {
                             hot.push(target);
                         }
                     }
@@ -126,16 +149,21 @@ impl Loop<'_> {
         self.shared.targets().get(&id).cloned()
     }
 
-    /// Reads everything pending, applies events, then serves faults. Says whether there were any.
-    fn drain(&mut self, target: &Arc<Target>) -> bool {
-        let mut faults: Vec<(u64, bool)> = Vec::new();
+    /// Reads everything pending, now, applies events, then serves faults. Says whether there were any.
+    fn drain(&mut self, target: &Arc<Target>, now: Instant) -> bool {
+        let mut faults = std::mem::take(&mut self.faults);
         let mut children = Vec::new();
         let mut events = false;
         let mut starved = None;
+        let alone = self.neighbour.expects_one();
+        let (buffer, room) = match alone {
+            true => (&mut self.one, 1),
+            false => (&mut self.messages, MESSAGES),
+        };
         let mut regions = target.regions_mut();
         loop {
             let mut read = 0;
-            match target.uffd.read_events(&mut self.messages) {
+            match target.uffd.read_events(buffer) {
                 Err(error) if out_of_room(&error) => {
                     starved = Some(error);
                     break;
@@ -182,17 +210,19 @@ impl Loop<'_> {
                     }
                 }
             }
-            if read < MESSAGES {
+            if read < room || alone && !faults.is_empty() {
                 break;
             }
         }
         drop(regions);
-        let now = Instant::now();
         for (child, uffd, regions) in children {
             self.adopt(target, child, uffd, regions);
         }
         let any = !faults.is_empty();
-        for (address, protected) in faults {
+        if any {
+            self.neighbour.faults(target, faults.len(), now);
+        }
+        for (address, protected) in faults.drain(..) {
             let fault = target.fault(address, protected, now);
             match target.beacon == Some(fault.address) {
                 // A child asks who it is: no fault of the template's memory.
@@ -204,6 +234,7 @@ impl Loop<'_> {
                 }
             }
         }
+        self.faults = faults;
         if events {
             target.hasten(now);
         }
@@ -239,6 +270,7 @@ impl Loop<'_> {
             regions,
             beacon: parent.beacon,
             page_size: parent.page_size,
+            owner: None,
             connection: None,
         };
         let Err(error) = self.shared.add(id, Some(parent.id), child) else { return };
@@ -276,22 +308,37 @@ impl Loop<'_> {
     /// Looks at one target again and again for a while, which saves the wake-up of its next fault.
     /// Gives up the moment anybody else wants something.
     fn keep_polling(&mut self, target: &Arc<Target>) {
-        let mut until = after(self.poll);
-        let mut look_around = after(LOOK_AROUND);
-        let mut hits = 0;
-        while Instant::now() < until && !self.shared.stopped.load(Relaxed) {
-            if Instant::now() > look_around {
+        let mut now = Instant::now();
+        if now < self.crowded && !self.neighbour.stays() {
+            return;
+        }
+        let (mut until, mut look_around) = (now + self.poll, now + LOOK_AROUND);
+        let (mut hits, mut missed) = (0, 0);
+        while now < until && !self.shared.stopped.load(Relaxed) {
+            if now > look_around {
                 if self.others_wait() {
                     break;
                 }
-                look_around = after(LOOK_AROUND);
+                look_around = now + LOOK_AROUND;
             }
-            if self.drain(target) {
+            let hit = self.drain(target, now);
+            if hit {
                 hits += 1;
-                until = after(self.poll);
+                missed = 0;
             } else {
+                missed += 1;
+                if self.neighbour.stays() && missed > 1 && !self.neighbour.missed() {
+                    // It does something else; to look again and again would only keep it from that.
+                    break;
+                }
                 // The target may need this very CPU to get to its next fault.
                 std::thread::yield_now();
+            }
+            let before = std::mem::replace(&mut now, Instant::now());
+            if hit {
+                until = now + self.poll;
+            } else if now - before > LONGEST_POLL {
+                self.crowded = now + CROWDED;
             }
         }
         self.poll = match hits {

@@ -89,7 +89,7 @@ impl Target {
 
     /// The first pages of `run` that the target has not got, in one piece.
     pub(super) fn missing(&self, run: Run) -> Option<Run> {
-        self.locality().missing(run)
+        (run.pages > 0).then(|| self.locality().missing(run))?
     }
 
     /// Puts zeros at `bytes` bytes from `address`.

@@ -20,6 +20,7 @@ mod fill;
 mod huge;
 mod locality;
 mod outcome;
+mod placement;
 pub mod region;
 mod target;
 mod workers;
@@ -42,9 +43,10 @@ use crate::template::Fetch;
 pub use ahead::Ahead;
 use deputy::Deputy;
 pub use outcome::{Histogram, Outcome, Outcomes};
+use placement::Placement;
 pub(crate) use target::kill;
 use target::Fault;
-pub use target::{NewTarget, Target, TargetId};
+pub use target::{NewTarget, Owner, Target, TargetId};
 use workers::Workers;
 
 /// What a server counts, for people and machines.
@@ -60,6 +62,8 @@ pub struct Statistics {
     pub targets_ever: u64,
     /// Pages put into targets ahead of demand.
     pub ahead_pages: u64,
+    /// How often the loop's thread went to stay on the processor of a target that faults all the time.
+    pub stays: u64,
     /// Those of them that a sibling had demanded.
     pub broadcast_pages: u64,
     /// The last things that went wrong, oldest first.
@@ -114,8 +118,11 @@ pub(crate) struct Shared {
     /// Whether a target may have deferred faults, so that the loop need not look for them in vain.
     deferred: AtomicBool,
     outcomes: Arc<Outcomes>,
+    /// Whether reports go to stderr too.
+    speaks: bool,
     reports: Mutex<Vec<String>>,
     workers: Workers,
+    placement: Arc<Placement>,
     stopped: AtomicBool,
 }
 
@@ -166,6 +173,20 @@ impl Engine {
     /// # Errors
     /// `Kernel` when threads or descriptors run out.
     pub fn start() -> Result<Engine> {
+        Engine::start_and(true)
+    }
+
+    /// Starts one that keeps what it has to say for the statistics. Where the targets are memory of
+    /// this process it must not write: a thread that writes their memory into a pipe holds the pipe's
+    /// lock while it waits for a page, and nobody else may wait for that lock who has to serve it.
+    ///
+    /// # Errors
+    /// As [`Self::start`].
+    pub fn start_quiet() -> Result<Engine> {
+        Engine::start_and(false)
+    }
+
+    fn start_and(speaks: bool) -> Result<Engine> {
         let failed = |error: io::Error| Error::kernel("cannot start the engine", error);
         let create = || -> io::Result<Shared> {
             let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
@@ -185,8 +206,10 @@ impl Engine {
                 deputy: RwLock::default(),
                 deferred: AtomicBool::new(false),
                 outcomes: Arc::default(),
+                speaks,
                 reports: Mutex::default(),
                 workers: Workers::start()?,
+                placement: Arc::default(),
                 stopped: AtomicBool::new(false),
             })
         };
@@ -276,6 +299,13 @@ impl Engine {
         self.shared.forget(id);
     }
 
+    /// Stops serving memory of this process that nobody touches any more. When this returns, nothing
+    /// will be put there: it can be unmapped, and its addresses be used again.
+    pub fn release(&self, target: &Target) {
+        target.release();
+        self.shared.forget(target.id);
+    }
+
     /// How many targets live.
     pub fn targets(&self) -> usize {
         self.shared.targets().len()
@@ -315,6 +345,7 @@ impl Engine {
             targets,
             targets_ever: self.shared.ever.load(Relaxed),
             ahead_pages: self.shared.ahead.load(Relaxed),
+            stays: self.shared.placement.stays(),
             broadcast_pages: self.shared.spread.load(Relaxed),
             reports: self.shared.reports.lock().unwrap_or_else(PoisonError::into_inner).clone(),
         }
@@ -330,6 +361,7 @@ impl Engine {
             // The loop reports its own panics; there is nothing left to learn from it.
             let _ = thread.join();
         }
+        self.shared.placement.stop();
         self.shared.workers.stop();
         self.shared.targets().clear();
         self.shared.fewer_targets.notify_all();
@@ -408,7 +440,7 @@ impl Shared {
     }
 
     fn count(&self, outcome: Outcome, fault: &Fault) {
-        let time = fault.born.elapsed();
+        let time = fault.age.unwrap_or_else(|| fault.born.elapsed());
         self.outcomes.count(outcome, time);
         // What was done for one of them woke the others.
         (0..fault.joined).for_each(|_| self.outcomes.count(Outcome::Woken, time));
@@ -420,10 +452,12 @@ impl Shared {
         let _ = rustix::io::write(&self.poke, &1u64.to_ne_bytes());
     }
 
-    /// Says on stderr what went wrong, and keeps it for the statistics.
+    /// Says on stderr what went wrong, unless it is quiet, and keeps it for the statistics.
     fn report(&self, message: &str) {
-        // Not eprintln!, which panics where nobody reads: no thread of ours ends for that.
-        let _ = writeln!(io::stderr(), "pagekit: {message}");
+        if self.speaks {
+            // Not eprintln!, which panics where nobody reads: no thread of ours ends for that.
+            let _ = writeln!(io::stderr(), "pagekit: {message}");
+        }
         let mut reports = self.reports.lock().unwrap_or_else(PoisonError::into_inner);
         if reports.len() == REPORTS {
             reports.remove(0);

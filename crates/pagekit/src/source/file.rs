@@ -224,6 +224,10 @@ mod tests {
         let error = source.read(6 * PAGE, &mut buffer).unwrap_err();
         assert!(matches!(error, Error::Integrity { .. }), "{error}");
         assert!(!error.retryable());
-        assert_eq!(source.try_read(6 * PAGE, &mut buffer).unwrap(), None);
+        // Left to who can say more, or, on tmpfs, as good as read.
+        match source.try_read(6 * PAGE, &mut buffer) {
+            Ok(found) => assert_eq!(found, None),
+            Err(error) => assert!(source.in_memory && !error.retryable(), "{error}"),
+        }
     }
 }

@@ -7,11 +7,15 @@
 //! - A thread that touches an absent page of ours may hold the GIL, and sleeps with it. A callback in
 //!   the same interpreter would wait for that GIL for ever. So it runs in a process of its own, the
 //!   *helper*: a fresh interpreter that runs `pagekit.callback`. Nothing there can wait for us.
+//! - `fork` runs the handlers of everybody in this process, and they may wait for a thread that waits
+//!   for a page. `posix_spawn`, which the standard library takes as long as nothing is to be run in the
+//!   child before exec, runs none. So what a helper needs beyond that it does for itself.
 //! - A process can ask the kernel for a signal when its parent ends (PR_SET_PDEATHSIG), even while its
 //!   callback never returns. But the parent is the *thread* that made it: so helpers are started by a
 //!   thread of the source that lives as long as they do.
 //! - Ctrl-C at a terminal reaches the whole foreground group, and whoever handles it may need pages to
 //!   do so: the helper ignores SIGINT. It stays in the group, so that who kills that leaves nothing.
+//!   Our threads block all signals, and so does what they start: none comes before it is ready.
 //! - A process id may be somebody else's by the time it is used, wherever a program waits for all its
 //!   children: the helper is signalled and waited for by a pidfd.
 //! - A forked copy of our process has a copy of the socket: two who ask would get each other's
@@ -42,11 +46,11 @@
 //! One helper answers one request at a time: a callback need not be safe for threads, and one that
 //! wants to use more processors, or wait for several things at once, knows best how.
 
+use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
@@ -69,10 +73,15 @@ use crate::thread;
 /// How long a callback may take where nothing else is said.
 pub const USUAL_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// What a helper runs. The module path of this process, where it is known, follows the two arguments
-/// that `main` takes: so the helper finds what we would find, `pagekit` first of all.
-const PROGRAM: &str = "import sys; sys.path[:] = sys.argv[2:] or sys.path; \
+/// How long it may take to start one, which a processor with much to do makes longer, too.
+const LOADING: Duration = Duration::from_secs(30);
+
+/// What a helper runs. The module path of this process, where it is known, follows the arguments that
+/// `main` takes: so the helper finds what we would find, `pagekit` first of all.
+const PROGRAM: &str = "import sys; sys.path[:] = sys.argv[3:] or sys.path; \
                        from pagekit.callback import main; main()";
+/// The name of the thread that starts helpers.
+const THREAD: &str = "pagekit-python";
 /// Names of the callbacks that a helper, and those it was started by, serve.
 const SERVING: &str = "PAGEKIT_CALLBACKS";
 /// How long a helper has to end by itself: what its module does at exit.
@@ -134,6 +143,9 @@ struct State {
     helper: Option<Helper>,
     /// Helpers that died since one answered.
     deaths: u32,
+    /// Pages that ended a helper, or never came, when they were asked for alone. Their neighbours are
+    /// asked for without them: else each of those would have to wait for them again.
+    fatal: BTreeSet<u64>,
 }
 
 #[derive(Debug, Default)]
@@ -162,14 +174,14 @@ impl Python {
             ));
         }
         let starter = Starter::new(function, &serving)?;
-        let (helper, module) = first_words(starter.start()?, function, timeout)?;
+        let (helper, module) = first_words(starter.start()?, function, LOADING)?;
         Ok(Python {
             function: function.to_owned(),
             size,
             timeout,
             module,
             opened_by: std::process::id(),
-            state: Mutex::new(State { helper: Some(helper), deaths: 0 }),
+            state: Mutex::new(State { helper: Some(helper), deaths: 0, fatal: BTreeSet::new() }),
             starter,
             counters: Counters::default(),
         })
@@ -182,7 +194,7 @@ impl Python {
     /// Another helper in place of one that died.
     fn start_again(&self) -> Result<Helper> {
         self.counters.restarts.fetch_add(1, Relaxed);
-        match first_words(self.starter.start()?, &self.function, self.timeout) {
+        match first_words(self.starter.start()?, &self.function, LOADING) {
             Ok((helper, module)) if module == self.module => Ok(helper),
             Ok(_) => Err(Error::Integrity {
                 message: format!(
@@ -215,7 +227,10 @@ fn first_words(
         }
         Err(Trouble::Late) => {
             helper.kill();
-            Err(late(format!("the module of callback {function} was not loaded"), timeout))
+            Err(Error::Timeout {
+                message: format!("the module of callback {function} was not loaded in {timeout:?}"),
+                hint: "what is slow must wait for the first call".to_owned(),
+            })
         }
         Ok(Answer::Bytes | Answer::Zeros) | Err(Trouble::Dead) => Err(Error::usage(
             format!(
@@ -224,14 +239,6 @@ fn first_words(
             ),
             "see what it wrote; it needs a Python that can import pagekit, and PAGEKIT_PYTHON names one",
         )),
-    }
-}
-
-fn late(what: String, timeout: Duration) -> Error {
-    Error::Timeout {
-        message: format!("{what} in {timeout:?}"),
-        hint: "make it faster, or give it more time, as in python:MODULE:FUNCTION:SIZE,timeout=60s"
-            .to_owned(),
     }
 }
 
@@ -269,39 +276,54 @@ impl Source for Python {
                 "open the source in the process that reads it",
             ));
         }
+        let run = Run::between(offset / PAGE, (offset + buffer.len() as u64) / PAGE);
+        let what = || match run.pages {
+            1 => format!("callback {} for page {}", self.function, run.start),
+            _ => {
+                format!("callback {} for pages {} to {}", self.function, run.start, run.end() - 1)
+            }
+        };
         let mut state = self.lock();
+        let alone = run.pages == 1;
+        if let Some(page) = state.fatal.range(run.start..run.end()).next().filter(|_| !alone) {
+            return Err(failed(format!("{}: page {page} must be asked for alone", what())));
+        }
         let helper = match state.helper.take() {
             Some(helper) => helper,
             None => self.start_again()?,
-        };
-        let (first, pages) = (offset / PAGE, buffer.len() as u64 / PAGE);
-        let what = match pages {
-            1 => format!("callback {} for page {first}", self.function),
-            _ => format!("callback {} for pages {first} to {}", self.function, first + pages - 1),
         };
         let asked = Instant::now();
         let answer = helper.ask(offset, buffer, asked + self.timeout);
         self.counters.calls.fetch_add(1, Relaxed);
         self.counters.microseconds.fetch_add(asked.elapsed().as_micros() as u64, Relaxed);
+        if alone {
+            match answer {
+                Err(_) => state.fatal.insert(run.start),
+                Ok(_) => state.fatal.remove(&run.start),
+            };
+        }
         let content = match answer {
             Ok(Answer::Bytes) => Ok(Content::Bytes),
             Ok(Answer::Zeros) => Ok(Content::Zero),
-            Ok(Answer::Failed(failure)) => Err(failure.of(&what)),
+            Ok(Answer::Failed(failure)) => Err(failure.of(&what())),
             Err(Trouble::Late) => {
                 helper.kill();
-                return Err(late(format!("{what} did not return"), self.timeout));
+                return Err(Error::Timeout {
+                    message: format!("{} did not return in {:?}", what(), self.timeout),
+                    hint: "give it more time, as in python:MODULE:FUNCTION:SIZE,timeout=60s".into(),
+                });
             }
             Ok(Answer::Ready(_) | Answer::Refused(_)) | Err(Trouble::Dead) => {
                 let how = format!("its helper process {}", helper.death());
                 state.deaths += 1;
                 // Whoever ended it may have meant that one; twice in a row is the callback's doing.
                 return Err(match state.deaths {
-                    1 => Error::Unavailable { what, error: io::Error::other(how) },
-                    _ => failed(format!("{what}: {how}, as did the one before")),
+                    1 => Error::Unavailable { what: what(), error: io::Error::other(how) },
+                    _ => failed(format!("{}: {how}, as did the one before", what())),
                 });
             }
         };
-        *state = State { helper: Some(helper), deaths: 0 };
+        (state.helper, state.deaths) = (Some(helper), 0);
         content
     }
 
@@ -330,14 +352,13 @@ impl Starter {
     fn new(function: &str, serving: &str) -> Result<Starter> {
         let Interpreter { program, path } = interpreter();
         let mut arguments: Vec<OsString> = vec!["-u".into(), "-c".into(), PROGRAM.into()];
-        arguments.push(function.into());
+        arguments.extend([function.into(), std::process::id().to_string().into()]);
         arguments.extend(path.into_iter().map(PathBuf::into_os_string));
         let serving = format!("{serving} {function}").trim_start().to_owned();
         let (wishes, wished) = channel();
         let named = program.clone();
-        let thread =
-            thread::spawn("pagekit-python", move || start(&named, &arguments, &serving, &wished))
-                .map_err(|error| Error::kernel("cannot start a thread", error))?;
+        let thread = thread::spawn(THREAD, move || start(&named, &arguments, &serving, &wished))
+            .map_err(|error| Error::kernel("cannot start a thread", error))?;
         let process = std::process::id();
         Ok(Starter { program, wishes: Some(wishes), thread: Some(thread), process })
     }
@@ -443,15 +464,12 @@ impl Helper {
             Ok(stderr) => Stdio::from(stderr),
             Err(_) => Stdio::null(),
         };
-        let started_by = std::process::id();
         let mut command = Command::new(program);
-        command.args(arguments).env(SERVING, serving).stdin(Stdio::from(OwnedFd::from(its)));
-        command.stdout(output);
-        // SAFETY: only calls that are allowed between fork and exec.
-        unsafe { command.pre_exec(move || end_with_parent_only(started_by)) };
+        command.args(arguments).env(SERVING, serving);
+        command.stdin(Stdio::from(OwnedFd::from(its))).stdout(output);
         let mut child = command.spawn()?;
         match pidfd_open(Pid::from_child(&child), PidfdFlags::empty()) {
-            Ok(process) => Ok(Helper { socket, process, started_by }),
+            Ok(process) => Ok(Helper { socket, process, started_by: std::process::id() }),
             Err(error) => {
                 child.kill()?;
                 child.wait()?;
@@ -542,26 +560,6 @@ impl Drop for Helper {
             self.death();
         }
     }
-}
-
-/// In the child, before it is another program: see the head of this file.
-fn end_with_parent_only(parent: u32) -> io::Result<()> {
-    // SAFETY: system calls, and a set of signals that sigemptyset fills.
-    unsafe {
-        if libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) != 0 {
-            return Err(io::Error::last_os_error());
-        }
-        // It may have ended before we asked.
-        if libc::getppid() as u32 != parent {
-            libc::_exit(1);
-        }
-        libc::signal(libc::SIGINT, libc::SIG_IGN);
-        // Our threads block all.
-        let mut none: libc::sigset_t = std::mem::zeroed();
-        libc::sigemptyset(&mut none);
-        libc::pthread_sigmask(libc::SIG_SETMASK, &none, std::ptr::null_mut());
-    }
-    Ok(())
 }
 
 /// Waits until something can be read, or the end; false if it is `until` before.
@@ -702,14 +700,17 @@ def number(offset, length):
 
     #[test]
     fn one_that_hangs_is_ended_and_another_started() {
-        let source = open("made_here:number", 16, Duration::from_millis(500)).unwrap();
+        let source = open("made_here:number", 16, Duration::from_secs(1)).unwrap();
         let helper = read(&source, 0).unwrap();
         let error = read(&source, 3).unwrap_err();
         assert!(matches!(error, Error::Timeout { .. }), "{error}");
-        assert!(error.to_string().ends_with("for page 3 did not return in 500ms"), "{error}");
+        assert!(error.to_string().ends_with("for page 3 did not return in 1s"), "{error}");
         assert!(!error.retryable() && error.hint().is_some());
         let pid = u64::from_le_bytes(helper[..8].try_into().unwrap());
         assert!(!Path::new(&format!("/proc/{pid}")).exists(), "it is gone, and no zombie");
+        // Its neighbours need not wait for it again.
+        let error = source.read(2 * PAGE, &mut vec![0; 4 * PAGE as usize]).unwrap_err();
+        assert!(error.to_string().contains("page 3 must be asked for alone"), "{error}");
         assert_ne!(read(&source, 0).unwrap(), helper);
         assert_eq!(source.statistics()[2], ("python.restarts".to_owned(), 1));
     }
@@ -740,6 +741,43 @@ def number(offset, length):
         assert!(read(&source, 4).is_err());
         let error = read(&source, 0).unwrap_err();
         assert!(matches!(error, Error::Integrity { .. }), "{error}");
+    }
+
+    #[test]
+    fn a_module_that_does_not_come_to_an_end() {
+        let text = "import threading; threading.Event().wait()";
+        std::fs::write(modules().join("made_to_hang.py"), text).unwrap();
+        let starter = Starter::new("made_to_hang:function", "").unwrap();
+        let helper = starter.start().unwrap();
+        let short = Duration::from_millis(300);
+        let error = first_words(helper, "made_to_hang:function", short).unwrap_err();
+        assert!(matches!(error, Error::Timeout { .. }) && error.hint().is_some(), "{error}");
+        assert!(error.to_string().contains("made_to_hang:function was not loaded in 300ms"));
+    }
+
+    #[test]
+    fn no_handler_of_a_fork_runs_for_a_helper() {
+        static RAN: std::sync::atomic::AtomicBool = std::sync::atomic::AtomicBool::new(false);
+        extern "C" fn handler() {
+            if std::thread::current().name() == Some(THREAD) {
+                RAN.store(true, Relaxed);
+            }
+        }
+        // SAFETY: a function that does next to nothing.
+        unsafe { libc::pthread_atfork(Some(handler), None, None) };
+        drop(open("made_here:number", 16, USUAL_TIMEOUT).unwrap());
+        assert!(!RAN.load(Relaxed));
+        let forking = thread::spawn(THREAD, || {
+            // SAFETY: the child ends at once.
+            unsafe {
+                match libc::fork() {
+                    0 => libc::_exit(0),
+                    child => libc::waitpid(child, std::ptr::null_mut(), 0),
+                }
+            };
+        });
+        forking.unwrap().join().unwrap();
+        assert!(RAN.load(Relaxed), "this would have been noticed");
     }
 
     #[test]

@@ -8,7 +8,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::process::{Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
-use std::sync::{Arc, Once};
+use std::sync::{Arc, Once, OnceLock};
 use std::time::{Duration, Instant};
 
 use pagekit::backend::{copy::Copy, share::Share, Backend};
@@ -18,7 +18,41 @@ use pagekit::engine::{Engine, NewTarget, Outcome, Target};
 use pagekit::page::{Run, PAGE};
 use pagekit::template::Template;
 use rustix::mm::{mmap, mmap_anonymous, munmap, MapFlags, ProtFlags};
-use uffd::{Features, Opening, RegisterMode, Userfaultfd};
+use uffd::{Features, Opening, RegisterMode, State, Support, Userfaultfd};
+
+/// Whether a feature of the binding's table is there; says so if it is not. With PAGEKIT_STRICT=1 one
+/// that this kernel should have must be there.
+#[must_use]
+pub fn need(name: &str) -> bool {
+    static SUPPORT: OnceLock<Support> = OnceLock::new();
+    let support = SUPPORT.get_or_init(Support::probe);
+    let rows = support.rows();
+    let (feature, state) = rows.iter().find(|(feature, _)| feature.name == name).unwrap();
+    if *state != State::Have {
+        let strict = std::env::var_os("PAGEKIT_STRICT").is_some_and(|value| value == "1");
+        let newer = number(feature.since) > running();
+        assert!(!strict || newer, "{name} is needed here, and it is {state:?}");
+        skip(name, &format!("since Linux {}", feature.since));
+    }
+    *state == State::Have
+}
+
+/// Says that something is not tested. Not by eprintln!, which shows nothing of a test that passes.
+pub fn skip(need: &str, why: &str) {
+    let test = std::thread::current().name().unwrap_or("test").to_owned();
+    let _ = writeln!(io::stderr(), "skipped: {test}: {need}: {why}");
+}
+
+/// The kernel's release, major and minor.
+pub fn running() -> (u32, u32) {
+    number(&std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap())
+}
+
+fn number(release: &str) -> (u32, u32) {
+    let mut parts = release.split(|c: char| !c.is_ascii_digit()).map(|part| part.parse());
+    let mut next = || parts.next().and_then(Result::ok).unwrap_or(0);
+    (next(), next())
+}
 
 /// Longer than anything here takes: only a failing test waits so long.
 pub const PATIENCE: Duration = Duration::from_secs(20);
@@ -190,6 +224,7 @@ impl Served {
             regions: RegionMap::new(memory.start, run),
             beacon: None,
             page_size: PAGE,
+            owner: None,
             connection: None,
         };
         let target = engine.add(new).unwrap();
@@ -297,12 +332,15 @@ pub fn playing(role: &str) -> bool {
     std::env::var_os(ROLE).is_some_and(|playing| playing == role)
 }
 
-/// A hanging test must not hang the whole run: the process ends itself, loudly.
+/// A hanging test must not hang the whole run: the process ends itself, loudly. PAGEKIT_TEST_SECONDS
+/// is how long it may take on machines that are slow.
 fn watch() {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| {
-        std::thread::spawn(|| {
-            std::thread::sleep(3 * PATIENCE);
+        let given = std::env::var("PAGEKIT_TEST_SECONDS").ok().and_then(|text| text.parse().ok());
+        let limit = given.map_or(3 * PATIENCE, Duration::from_secs);
+        std::thread::spawn(move || {
+            std::thread::sleep(limit);
             let _ = writeln!(io::stderr(), "a test hangs: giving up");
             std::process::abort();
         });

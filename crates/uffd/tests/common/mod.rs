@@ -1,19 +1,32 @@
-//! What the tests of this crate share: memory, threads that touch it, and the kernel's own word on
-//! who waits. Nothing here sleeps to wait for a state.
+//! What the tests of this crate share: memory, threads that touch it, children, SIGBUS, and the kernel's
+//! own word on who waits. Nothing here sleeps to wait for a state.
 
-#![allow(dead_code, reason = "each test program uses a part of it")]
+#![allow(dead_code, unused_imports, reason = "each test program uses a part of it")]
+
+pub mod bus;
+pub mod memory;
+pub mod need;
+pub mod pin;
+pub mod process;
+pub mod scenario;
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::thread::JoinHandle;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use rustix::event::{poll, PollFd, PollFlags, Timespec};
-use rustix::fs::{ftruncate, memfd_create, MemfdFlags};
-use rustix::mm::{mmap, mmap_anonymous, munmap, MapFlags, ProtFlags};
-use uffd::{Access, Errno, Event, Features, MessageBuffer, Opening, RegisterMode, Userfaultfd};
+use uffd::{
+    Access, Cause, Errno, Event, Features, MessageBuffer, Opening, Pagemap, RegisterMode,
+    Userfaultfd,
+};
 
-pub const PAGE: usize = 4096;
+pub use bus::*;
+pub use memory::*;
+pub use need::*;
+pub use pin::*;
+pub use process::*;
+
 /// Longer than anything here takes: only a failing test waits so long.
 pub const PATIENCE: Duration = Duration::from_secs(20);
 /// Everything that a target's owner may want to hear.
@@ -23,6 +36,13 @@ pub const EVENTS: Features = Features(
         | Features::EVENT_REMOVE.0
         | Features::EVENT_UNMAP.0,
 );
+
+/// Keeps the tests of a program apart, where they count descriptors or fork: every userfaultfd of a
+/// process hears of its forks.
+pub fn alone() -> MutexGuard<'static, ()> {
+    static ALONE: Mutex<()> = Mutex::new(());
+    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 /// A page filled with a number that is not zero.
 pub fn page(fill: u8) -> Vec<u8> {
@@ -42,96 +62,6 @@ pub fn negotiated(features: Features) -> Userfaultfd {
     uffd
 }
 
-/// Some pages of address space.
-#[derive(Debug)]
-pub struct Mapping {
-    pub start: u64,
-    pub len: usize,
-}
-
-impl Mapping {
-    pub fn anonymous(pages: usize) -> Mapping {
-        Mapping::anonymous_with(pages, ProtFlags::READ | ProtFlags::WRITE)
-    }
-
-    pub fn anonymous_with(pages: usize, protection: ProtFlags) -> Mapping {
-        let len = pages * PAGE;
-        // SAFETY: a fresh mapping at an address of the kernel's choice.
-        let start = unsafe {
-            mmap_anonymous(std::ptr::null_mut(), len, protection, MapFlags::PRIVATE).unwrap()
-        };
-        Mapping { start: start as u64, len }
-    }
-
-    /// A mapping of the first `pages` of a file.
-    pub fn of(file: impl AsFd, pages: usize, protection: ProtFlags, flags: MapFlags) -> Mapping {
-        let len = pages * PAGE;
-        // SAFETY: a fresh mapping at an address of the kernel's choice.
-        let start = unsafe { mmap(std::ptr::null_mut(), len, protection, flags, file, 0).unwrap() };
-        Mapping { start: start as u64, len }
-    }
-
-    pub fn at(&self, page: usize) -> u64 {
-        self.start + (page * PAGE) as u64
-    }
-
-    pub fn bytes(&self) -> u64 {
-        self.len as u64
-    }
-
-    /// The first byte of a page, read by this thread.
-    pub fn touch(&self, page: usize) -> u8 {
-        touch(self.at(page))
-    }
-
-    /// The whole page, read by this thread.
-    pub fn content(&self, page: usize) -> Vec<u8> {
-        (0..PAGE as u64).map(|at| touch(self.at(page) + at)).collect()
-    }
-}
-
-impl Drop for Mapping {
-    fn drop(&mut self) {
-        // SAFETY: made by this value, and no test touches it after the value is gone.
-        let _ = unsafe { munmap(self.start as *mut _, self.len) };
-    }
-}
-
-/// A memfd of so many pages.
-pub fn memory_file(pages: usize) -> OwnedFd {
-    let file = memfd_create("test", MemfdFlags::CLOEXEC).unwrap();
-    ftruncate(&file, (pages * PAGE) as u64).unwrap();
-    file
-}
-
-pub fn touch(address: u64) -> u8 {
-    // SAFETY: the caller maps the address; the read may wait for a fault to be resolved.
-    unsafe { std::ptr::read_volatile(address as *const u8) }
-}
-
-pub fn write(address: u64, value: u8) {
-    // SAFETY: the caller maps the address writable and no reference to it exists.
-    unsafe { std::ptr::write_volatile(address as *mut u8, value) }
-}
-
-/// Reads one byte in kernel mode: by write(2) from the address.
-pub fn touch_in_kernel(address: u64) -> io::Result<u8> {
-    let (read, write) = rustix::pipe::pipe()?;
-    // SAFETY: the kernel reads one byte of the address and answers EFAULT where it cannot.
-    let written = unsafe { libc::write(write.as_raw_fd(), address as *const _, 1) };
-    if written != 1 {
-        return Err(io::Error::last_os_error());
-    }
-    let mut byte = [0];
-    rustix::io::read(&read, &mut byte[..])?;
-    Ok(byte[0])
-}
-
-/// A thread that touches an address in user mode.
-pub fn toucher(address: u64) -> JoinHandle<u8> {
-    std::thread::spawn(move || touch(address))
-}
-
 /// Registered memory; the descriptor goes first, so that unmapping waits for nobody.
 #[derive(Debug)]
 pub struct Registered {
@@ -145,21 +75,50 @@ impl Registered {
     }
 
     pub fn over(memory: Mapping, features: Features) -> Registered {
+        Registered::with(memory, features, RegisterMode::MISSING)
+    }
+
+    #[track_caller]
+    pub fn with(memory: Mapping, features: Features, mode: RegisterMode) -> Registered {
         let uffd = negotiated(features);
-        uffd.register(memory.start, memory.bytes(), RegisterMode::MISSING).unwrap();
+        uffd.register(memory.start, memory.bytes(), mode).unwrap();
         Registered { uffd, memory }
     }
 
     /// The address of the one fault that comes next.
+    #[track_caller]
     pub fn next_fault(&self) -> u64 {
-        match next_event(&self.uffd) {
-            Event::Fault { address, .. } => address,
-            other => panic!("a fault was expected, not {other:?}"),
-        }
+        next_fault(&self.uffd).0
+    }
+
+    /// The one fault that comes next is this.
+    #[track_caller]
+    pub fn assert_fault(&self, address: u64, cause: Cause) {
+        let (at, flags) = next_fault(&self.uffd);
+        assert_eq!((at, Cause::of(flags)), (address, cause));
+    }
+
+    /// Nobody waits, and there is nothing to read.
+    #[track_caller]
+    pub fn assert_silent(&self) {
+        let mut buffer = MessageBuffer::new(4);
+        let events: Vec<Event> = self.uffd.read_events(&mut buffer).unwrap().collect();
+        assert!(events.is_empty(), "{events:?}");
+        assert_eq!(waiters(&self.uffd), 0);
+    }
+}
+
+/// Address and flags of the one fault that comes next.
+#[track_caller]
+pub fn next_fault(uffd: &Userfaultfd) -> (u64, u64) {
+    match next_event(uffd) {
+        Event::Fault { address, flags, .. } => (address, flags),
+        other => panic!("a fault was expected, not {other:?}"),
     }
 }
 
 /// Waits until there is something to read.
+#[track_caller]
 pub fn wait_readable(descriptor: impl AsFd) {
     let patience = Timespec { tv_sec: PATIENCE.as_secs() as i64, tv_nsec: 0 };
     let mut watched = [PollFd::new(&descriptor, PollFlags::IN)];
@@ -168,6 +127,7 @@ pub fn wait_readable(descriptor: impl AsFd) {
 }
 
 /// Reads the next event, one.
+#[track_caller]
 pub fn next_event(uffd: &Userfaultfd) -> Event {
     wait_readable(uffd);
     let mut buffer = MessageBuffer::new(1);
@@ -188,7 +148,17 @@ fn fdinfo(descriptor: BorrowedFd<'_>, name: &str) -> u64 {
     line.trim().parse().unwrap()
 }
 
+pub fn descriptors_open() -> usize {
+    std::fs::read_dir("/proc/self/fd").unwrap().count()
+}
+
+/// Whether the page at an address is write-protected, as this process's pagemap says.
+pub fn protected(address: u64) -> bool {
+    Pagemap::of_self().unwrap().entries(address, 1).unwrap()[0].write_protected()
+}
+
 /// Looks again and again until it is so; for conditions that announce themselves in no way.
+#[track_caller]
 pub fn until(what: &str, mut condition: impl FnMut() -> bool) {
     let patience = Instant::now() + PATIENCE;
     while !condition() {
