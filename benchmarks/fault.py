@@ -182,8 +182,8 @@ def show(bench: Bench) -> None:
     for way in dict.fromkeys(arm[:3] for arm in medians if len(arm) == 5):
         print(f"{' '.join(way):28}", end="")
         for column in columns:
-            found = medians.get((*way, *column))
-            print(f" {found['p50_us']:13.2f}" if found else f" {'':13}", end="")
+            cell = medians.get((*way, *column))
+            print(f" {cell['p50_us']:13.2f}" if cell else f" {'':13}", end="")
         print()
     print("\nµs a page, touched in random order")
     for name, value in bench.share.medians().items():
