@@ -23,6 +23,7 @@ import argparse
 import json
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -53,8 +54,8 @@ OLDEST = "6.1"
 META = "linux-image-cloud-amd64"
 """The package that stands for the newest kernel of a suite."""
 
-CRATES = {"pagekit-uffd": "uffd", "pagekit": "pagekit"}
-"""Packages whose tests are run, and what they are called in the results."""
+CRATES = ("pagekit-uffd", "pagekit")
+"""Packages whose tests are run."""
 
 WITHOUT_A_KERNEL = {"pagekit/any_bytes"}
 """Tests of mere bytes, which take long where instructions are emulated."""
@@ -630,6 +631,8 @@ def main() -> int:
     parser.add_argument("--accelerator", default="auto", help="auto, kvm or tcg")
     parser.add_argument("--json", action="store_true", help="print everything, for programs")
     options = parser.parse_args()
+    # So that what was made for a guest goes, and the guest, when somebody ends this.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     cache = default_cache()
     home = cache / "kernels"
     home.mkdir(parents=True, exist_ok=True)

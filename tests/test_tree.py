@@ -30,6 +30,7 @@ MAY_USE = {
     "working_set": {"page", "page_set", "error", "source"},
     "error": set(),
     "thread": set(),
+    "process": {"error"},
     "wire": {"page"},
     # A helper process ends with the thread that started it, which must be one of ours.
     "source": {"page", "error", "thread"},
@@ -37,13 +38,17 @@ MAY_USE = {
     "stack": {"page", "error", "source", "layer"},
     "delivery": {"error"},
     "template": {
-        *("page", "page_set", "error", "thread", "source", "stack", "delivery", "working_set"),
+        *("page", "page_set", "error", "thread", "process"),
+        *("source", "stack", "delivery", "working_set"),
     },
     "backend": {"page", "template"},
     "engine": {"page", "error", "thread", "template", "backend"},
     "client": {
         *("page", "page_set", "error", "thread", "wire", "delivery", "door"),
         *("template", "backend", "engine"),
+    },
+    "map": {
+        *("page", "error", "thread", "process", "delivery", "template", "backend", "engine"),
     },
     "relay": {"page", "error", "thread", "wire", "door", "engine"},
     "server": {"page", "error", "delivery", "door", "template", "engine", "client", "relay"},
@@ -145,7 +150,8 @@ def test_what_other_crates_use_of_the_engine() -> None:
     assert used_of_the_engine("pagekit-shim") <= {"page", "wire", "thread"}
     # Registration and conversion: nothing that could decide anything.
     known = {"delivery", "error", "server", "template", "working_set"}
-    assert used_of_the_engine("pagekit-py") <= known | {"page", "relay", "stack", "wire"}
+    more = {"page", "map", "process", "relay", "stack", "wire"}
+    assert used_of_the_engine("pagekit-py") <= known | more
     assert used_of_the_engine("pagekitd") <= known | {"stack"}
 
 
@@ -197,8 +203,9 @@ def test_who_may_import_the_core() -> None:
         name = path.relative_to(PYTHON).as_posix()
         used = set(imports(path))
         if name != "_native.py":
-            allowed = name in ("template.py", "server.py", "working_set.py", "relay.py")
-            allowed = allowed or name.startswith("uffd/")
+            allowed = name.startswith("uffd/") or name in (
+                *("template.py", "server.py", "working_set.py", "relay.py", "mapping.py"),
+            )
             direct = {module for module in used if re.match(r"pagekit\._core\b", module)}
             assert not direct, f"{name} imports {direct}"
             if not allowed and name != "doctor.py":

@@ -23,7 +23,9 @@ from . import errors
 if TYPE_CHECKING:
     from . import relay as relay
     from . import sandbox as sandbox
+    from . import uffd as uffd
     from .client import owner_environment, plain_environment, shim_path
+    from .mapping import Map, map
     from .relay import Relay
     from .server import Mount, Server
     from .template import Template
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Map",
     "Mount",
     "Recording",
     "Relay",
@@ -40,15 +43,19 @@ __all__ = [
     "Template",
     "WorkingSet",
     "errors",
+    "map",
     "owner_environment",
     "plain_environment",
     "relay",
     "sandbox",
     "shim_path",
+    "uffd",
 ]
 
 # Resolved on first use, so that `import pagekit` is light and needs no compiled extension.
 _LAZY = {
+    "Map": "mapping",
+    "map": "mapping",
     "Mount": "server",
     "Recording": "working_set",
     "Relay": "relay",
@@ -61,6 +68,7 @@ _LAZY = {
     "shim_path": "client",
     "relay": None,
     "sandbox": None,
+    "uffd": None,
 }
 
 

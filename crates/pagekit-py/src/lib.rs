@@ -2,15 +2,17 @@
 //!
 //! Every call that can wait gives up the GIL; the engine's threads never take it.
 
+mod map;
 mod relay;
 mod uffd;
 
 use std::path::PathBuf;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use pagekit::delivery::Delivery;
 use pagekit::error::Error;
+use pagekit::process::Ours;
 use pagekit::template::replay;
 use pagekit::{server, template, working_set};
 use pyo3::exceptions::PyValueError;
@@ -74,13 +76,32 @@ fn closed() -> PyErr {
     PyValueError::new_err("it is closed")
 }
 
+/// Something that can be closed, and works in the process that made it only: a child of a fork has
+/// neither its threads nor its memory.
+struct Open<T>(Ours<Mutex<Option<Arc<T>>>>);
+
+impl<T> Open<T> {
+    fn new(value: Arc<T>) -> Open<T> {
+        Open(Ours::new(Mutex::new(Some(value))))
+    }
+
+    fn get(&self) -> PyResult<Arc<T>> {
+        let here = self.0.get().map_err(|error| Python::attach(|py| raised(py, &error)))?;
+        here.lock().unwrap_or_else(PoisonError::into_inner).clone().ok_or_else(closed)
+    }
+
+    /// Takes it away, in the process that made it.
+    fn close(&self) -> Option<Arc<T>> {
+        self.0.get().ok()?.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+}
+
 #[pyclass(frozen, module = "pagekit._core")]
-struct Template(std::sync::Mutex<Option<Arc<template::Template>>>);
+struct Template(Open<template::Template>);
 
 impl Template {
     fn get(&self) -> PyResult<Arc<template::Template>> {
-        let template = self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        template.clone().ok_or_else(closed)
+        self.0.get()
     }
 }
 
@@ -93,7 +114,7 @@ impl Template {
         use_this_interpreter(py)?;
         let opened = py.detach(|| template::Template::open(spec, &layers, &delivery(), deadline));
         let template = opened.map_err(|error| raised(py, &error))?;
-        Ok(Template(std::sync::Mutex::new(Some(template))))
+        Ok(Template(Open::new(template)))
     }
 
     fn size(&self) -> PyResult<u64> {
@@ -135,7 +156,7 @@ impl Template {
     fn record(&self, py: Python<'_>) -> PyResult<Recording> {
         let template = self.get()?;
         let recorder = py.detach(|| template.record()).map_err(|error| raised(py, &error))?;
-        Ok(Recording { template, recorder })
+        Ok(Recording { template: Open::new(template), recorder })
     }
 
     fn check(&self, py: Python<'_>, set: &WorkingSet) -> PyResult<()> {
@@ -155,11 +176,11 @@ impl Template {
         let template = self.get()?;
         let options = replay::Options { rest, rate, parallel };
         let replay = py.detach(|| template.replay(&set.0, options));
-        replay.map(Replay).map_err(|error| raised(py, &error))
+        replay.map(|replay| Replay(Open::new(replay))).map_err(|error| raised(py, &error))
     }
 
     fn close(&self, py: Python<'_>) {
-        let template = self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take();
+        let template = self.0.close();
         py.detach(|| {
             if let Some(replay) = template.as_ref().and_then(|template| template.current_replay()) {
                 replay.cancel();
@@ -213,7 +234,7 @@ impl WorkingSet {
 
 #[pyclass(frozen, module = "pagekit._core")]
 struct Recording {
-    template: Arc<template::Template>,
+    template: Open<template::Template>,
     recorder: Arc<working_set::Recorder>,
 }
 
@@ -223,8 +244,9 @@ impl Recording {
         self.recorder.ready();
     }
 
-    fn stop(&self) {
-        self.template.stop_recording();
+    fn stop(&self) -> PyResult<()> {
+        self.template.get()?.stop_recording();
+        Ok(())
     }
 
     fn working_set(&self, settle: Option<f64>, time: Option<f64>) -> PyResult<WorkingSet> {
@@ -242,22 +264,25 @@ impl Recording {
 }
 
 #[pyclass(frozen, module = "pagekit._core")]
-struct Replay(Arc<replay::Replay>);
+struct Replay(Open<replay::Replay>);
 
 #[pymethods]
 impl Replay {
     fn wait(&self, py: Python<'_>, seconds: f64) -> PyResult<bool> {
         let time = Duration::try_from_secs_f64(seconds)
             .map_err(|error| PyValueError::new_err(format!("timeout: {error}")))?;
-        py.detach(|| self.0.wait(time)).map_err(|error| raised(py, &error))
+        let replay = self.0.get()?;
+        py.detach(|| replay.wait(time)).map_err(|error| raised(py, &error))
     }
 
-    fn cancel(&self, py: Python<'_>) {
-        py.detach(|| self.0.cancel());
+    fn cancel(&self, py: Python<'_>) -> PyResult<()> {
+        let replay = self.0.get()?;
+        py.detach(|| replay.cancel());
+        Ok(())
     }
 
-    fn statistics(&self) -> String {
-        serde_json::to_string(&self.0.statistics()).unwrap_or_default()
+    fn statistics(&self) -> PyResult<String> {
+        Ok(serde_json::to_string(&self.0.get()?.statistics()).unwrap_or_default())
     }
 }
 
@@ -273,6 +298,7 @@ struct Ways {
     allow: Vec<u32>,
     mount: Option<MountPoint>,
     relay: Option<PathBuf>,
+    broadcast: String,
 }
 
 /// A dictionary of what [`server::mount::Options`] has.
@@ -298,12 +324,11 @@ impl MountPoint {
 }
 
 #[pyclass(frozen, module = "pagekit._core")]
-struct Server(std::sync::Mutex<Option<Arc<server::Server>>>);
+struct Server(Open<server::Server>);
 
 impl Server {
     fn get(&self) -> PyResult<Arc<server::Server>> {
-        let server = self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        server.clone().ok_or_else(closed)
+        self.0.get()
     }
 }
 
@@ -312,7 +337,9 @@ impl Server {
     #[new]
     fn new(py: Python<'_>, template: &Template, ways: Ways) -> PyResult<Server> {
         let template = template.get()?;
-        let Ways { socket, firecracker, backend, owner, mode, allow, mount, relay } = ways;
+        let Ways { socket, firecracker, backend, owner, mode, allow, mount, relay, broadcast } =
+            ways;
+        let broadcast = broadcast.parse().map_err(|error| raised(py, &error))?;
         let mount = mount.map(|mount| mount.options(owner)).transpose();
         let mount = mount.map_err(|error| raised(py, &error))?;
         let address = |path| server::Address { path, owner, mode, allow: allow.clone() };
@@ -322,11 +349,12 @@ impl Server {
             mount,
             relay: relay.map(address),
             backend,
+            broadcast,
         };
         let server = py
             .detach(|| server::Server::start(template, delivery(), ways))
             .map_err(|error| raised(py, &error))?;
-        Ok(Server(std::sync::Mutex::new(Some(Arc::new(server)))))
+        Ok(Server(Open::new(Arc::new(server))))
     }
 
     fn backend(&self) -> PyResult<Option<(&'static str, String)>> {
@@ -352,7 +380,7 @@ impl Server {
     }
 
     fn close(&self, py: Python<'_>) {
-        let server = self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take();
+        let server = self.0.close();
         py.detach(|| {
             if let Some(server) = server {
                 server.stop();
@@ -383,6 +411,7 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<Recording>()?;
     module.add_class::<Replay>()?;
     module.add_class::<relay::Relay>()?;
+    module.add_class::<map::Map>()?;
     module.add_function(wrap_pyfunction!(probe, module)?)?;
     uffd::add_to(module)?;
     Ok(())

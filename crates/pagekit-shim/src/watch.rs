@@ -53,10 +53,11 @@ fn start(name: &str, watched: OwnedFd, held: Option<OwnedFd>, text: String) -> R
         .flatten()
         .map(|descriptor| descriptor.as_raw_fd())
         .collect();
-    let kept = numbers.clone();
+    let stderr = rustix::stdio::stderr().as_raw_fd();
+    let kept: Vec<i32> = numbers.iter().copied().chain([stderr]).collect();
     let (sender, receiver) = sync_channel(1);
     let wait = move || {
-        let own = own_table(&kept);
+        let own = pagekit::thread::own_table(&kept);
         let failed = own.is_err();
         // The starter waits for this one message.
         let _ = sender.send(own);
@@ -82,28 +83,4 @@ fn start(name: &str, watched: OwnedFd, held: Option<OwnedFd>, text: String) -> R
         Err(error) => return Err(format!("cannot watch over the server: {error}")),
     }
     Ok(())
-}
-
-/// Gives this thread a descriptor table of its own, with `kept` and stderr in it and nothing else.
-fn own_table(kept: &[i32]) -> Result<(), Errno> {
-    let mut kept: Vec<u32> = kept.iter().map(|number| number.unsigned_abs()).collect();
-    kept.push(rustix::stdio::stderr().as_raw_fd().unsigned_abs());
-    kept.sort_unstable();
-    // SAFETY: this thread uses no descriptor but those it keeps.
-    unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::FILES)? };
-    let mut first = 0;
-    for number in kept {
-        close_range(first, number.checked_sub(1));
-        first = number + 1;
-    }
-    close_range(first, Some(u32::MAX));
-    Ok(())
-}
-
-/// Closes descriptors from `first` to `last`, both included; the kernel has the call since 5.9.
-fn close_range(first: u32, last: Option<u32>) {
-    if let Some(last) = last.filter(|last| *last >= first) {
-        // SAFETY: descriptors of this thread's own table that it does not use.
-        unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) };
-    }
 }

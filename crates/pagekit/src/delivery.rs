@@ -6,6 +6,9 @@
 //!   refuses with the same EPERM, or with ENOSYS. The reason given here names the one to turn.
 //! - A descriptor of `/dev/userfaultfd` can be handed to an unprivileged process, which creates a
 //!   full userfaultfd from it.
+//! - Since 5.11 everybody may have one that delivers faults of user mode only. It fills and publishes as
+//!   a full one does; but a system call that meets a missing page fails with EFAULT. That will not do
+//!   for programs that know nothing of it, so servers need a full one.
 //! - `EVENT_FORK` needs `CAP_SYS_PTRACE` of whoever makes the handshake, so the server makes it on
 //!   behalf of its targets. Without it the clients keep served memory out of their children.
 
@@ -29,11 +32,20 @@ pub struct Delivery {
 enum Way {
     Device,
     SystemCall,
-    None { reason: String, hint: String },
+    /// Not for faults in the kernel, and why.
+    UserModeOnly(Refusal),
+    None(Refusal),
+}
+
+/// Why there is no full userfaultfd, and what to do.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Refusal {
+    reason: String,
+    hint: String,
 }
 
 impl Delivery {
-    /// Tries the ways to a full userfaultfd, the device first.
+    /// Tries the ways to a userfaultfd: a full one, the device first; else one for user mode only.
     pub fn probe() -> Delivery {
         let device = uffd::open_device();
         let by_device = device
@@ -44,7 +56,13 @@ impl Delivery {
             (Ok(_), Ok(device)) => (Way::Device, Some(device)),
             (_, device) => match Userfaultfd::open(Opening::SystemCall(Access::Full)) {
                 Ok(_) => (Way::SystemCall, None),
-                Err(error) => (explain(&error, device.as_ref().err()), None),
+                Err(error) => {
+                    let refusal = explain(&error, device.as_ref().err());
+                    match Userfaultfd::open(Opening::SystemCall(Access::UserModeOnly)) {
+                        Ok(_) => (Way::UserModeOnly(refusal), None),
+                        Err(_) => (Way::None(refusal), None),
+                    }
+                }
             },
         };
         let mut delivery = Delivery { device, way, features: Features::NONE, fork_events: false };
@@ -63,7 +81,7 @@ impl Delivery {
     pub fn without(reason: &str) -> Delivery {
         Delivery {
             device: None,
-            way: Way::None { reason: reason.to_owned(), hint: String::new() },
+            way: Way::None(Refusal { reason: reason.to_owned(), hint: String::new() }),
             features: Features::NONE,
             fork_events: false,
         }
@@ -73,19 +91,28 @@ impl Delivery {
     /// Why there is no full userfaultfd here, with the knob to turn.
     pub fn check(&self) -> Result<()> {
         match &self.way {
-            Way::None { reason, hint } => {
+            Way::UserModeOnly(Refusal { reason, hint }) | Way::None(Refusal { reason, hint }) => {
                 Err(Error::Permission { message: reason.clone(), hint: hint.clone() })
             }
-            _ => Ok(()),
+            Way::Device | Way::SystemCall => Ok(()),
         }
     }
 
-    /// `device`, `system call`, or nothing.
+    /// The way to a full one: `device`, `system call`, or nothing.
     pub fn way(&self) -> Option<&'static str> {
         match self.way {
             Way::Device => Some("device"),
             Way::SystemCall => Some("system call"),
-            Way::None { .. } => None,
+            Way::UserModeOnly(_) | Way::None(_) => None,
+        }
+    }
+
+    /// Which faults the best userfaultfd delivers that can be had here; none if there is none.
+    pub fn access(&self) -> Option<Access> {
+        match self.way {
+            Way::Device | Way::SystemCall => Some(Access::Full),
+            Way::UserModeOnly(_) => Some(Access::UserModeOnly),
+            Way::None(_) => None,
         }
     }
 
@@ -104,8 +131,8 @@ impl Delivery {
         self.device.as_ref().map(AsFd::as_fd)
     }
 
-    /// A new userfaultfd of this process, or none where there is no way to one.
-    pub(crate) fn open_publisher(&self) -> Result<Option<Userfaultfd>> {
+    /// A new userfaultfd of this process, the best that can be had: see [`Self::access`].
+    pub(crate) fn open(&self) -> Result<Option<Userfaultfd>> {
         let open = |opening| {
             Userfaultfd::open(opening).map_err(|e| Error::kernel("cannot open a userfaultfd", e))
         };
@@ -116,13 +143,14 @@ impl Delivery {
         match self.way {
             Way::Device => self.device().map(Opening::Device),
             Way::SystemCall => Some(Opening::SystemCall(Access::Full)),
-            Way::None { .. } => None,
+            Way::UserModeOnly(_) => Some(Opening::SystemCall(Access::UserModeOnly)),
+            Way::None(_) => None,
         }
     }
 }
 
 /// Names the knob behind a refusal.
-fn explain(by_call: &io::Error, by_device: Option<&io::Error>) -> Way {
+fn explain(by_call: &io::Error, by_device: Option<&io::Error>) -> Refusal {
     let device = match by_device.and_then(io::Error::raw_os_error) {
         Some(libc::ENOENT) => {
             "there is no /dev/userfaultfd (Linux < 6.1, or a container without it)"
@@ -158,7 +186,7 @@ fn explain(by_call: &io::Error, by_device: Option<&io::Error>) -> Way {
         ),
         _ => (format!("userfaultfd(2) failed: {by_call}"), ""),
     };
-    Way::None { reason, hint: hint.to_owned() }
+    Refusal { reason, hint: hint.to_owned() }
 }
 
 /// Whether the kernel's own rules allow the call, so that a refusal comes from somewhere else.

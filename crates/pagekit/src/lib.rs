@@ -3,6 +3,7 @@
 //! | room | what | may know |
 //! |---|---|---|
 //! | [`page`], [`page_set`], [`error`], [`thread`] | pages, runs, sets of pages, errors, threads | nothing of ours |
+//! | [`process`] | which process this is, after a fork | error |
 //! | [`source`], [`layer`] | where bytes come from; what wraps them | page, error, thread |
 //! | [`stack`] | spec strings into stacks; names every source and layer | source, layer |
 //! | [`working_set`] | pages demanded before "ready": recording, union, file | page, source |
@@ -14,6 +15,7 @@
 //! | [`door`] | the Unix sockets at which clients come in, and who may | error |
 //! | [`client`] | what brings targets: the shim's handshake | engine, wire |
 //! | [`relay`] | a second handler in another process gets faults and events | engine, wire, door |
+//! | [`map`] | memory of this process that fills itself | engine, delivery, process |
 //! | [`server`] | a template, an engine and a socket together | everything above |
 //!
 //! ARCHITECTURE.md tells the life of one fault; `tests/test_tree.py` checks this table.
@@ -25,8 +27,10 @@ pub mod door;
 pub mod engine;
 pub mod error;
 pub mod layer;
+pub mod map;
 pub mod page;
 pub mod page_set;
+pub mod process;
 pub mod relay;
 pub mod server;
 pub mod source;

@@ -3,6 +3,9 @@
 use std::io;
 use std::thread::JoinHandle;
 
+use rustix::io::Errno;
+use rustix::thread::UnshareFlags;
+
 /// Starts a named thread that blocks all signals: they belong to the program around us.
 pub fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> io::Result<JoinHandle<()>> {
     let blocked = BlockedSignals::new();
@@ -11,11 +14,48 @@ pub fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> io::Result<Joi
     thread
 }
 
+/// Gives this thread a descriptor table of its own, with `kept` in it and nothing else. (A program may
+/// close descriptors that it does not know, and must not find those it closed kept open by us.)
+///
+/// # Errors
+/// The kernel's. The table is the process's still then.
+pub fn own_table(kept: &[i32]) -> Result<(), Errno> {
+    let mut kept: Vec<u32> = kept.iter().map(|number| number.unsigned_abs()).collect();
+    kept.sort_unstable();
+    // SAFETY: the caller says which descriptors this thread uses.
+    unsafe { rustix::thread::unshare_unsafe(UnshareFlags::FILES)? };
+    let mut first = 0;
+    for number in kept {
+        close_range(first, number.checked_sub(1));
+        first = number + 1;
+    }
+    close_range(first, Some(u32::MAX));
+    Ok(())
+}
+
+/// Closes descriptors from `first` to `last`, both included; the kernel has the call since 5.9.
+fn close_range(first: u32, last: Option<u32>) {
+    if let Some(last) = last.filter(|last| *last >= first) {
+        // SAFETY: descriptors of this thread's own table that it does not use.
+        unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) };
+    }
+}
+
+/// How much nicer than the rest of the process.
+const NICENESS: i32 = 5;
+
+/// Lets the threads that serve faults go first.
+pub fn be_nice() {
+    // SAFETY: no memory is passed. On Linux this concerns the calling thread alone. A refusal costs
+    // nothing but the courtesy.
+    unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, NICENESS) };
+}
+
 /// All signals of this thread, blocked until dropped. A thread started meanwhile inherits it.
-struct BlockedSignals(libc::sigset_t);
+pub(crate) struct BlockedSignals(libc::sigset_t);
 
 impl BlockedSignals {
-    fn new() -> BlockedSignals {
+    pub(crate) fn new() -> BlockedSignals {
         // SAFETY: both sets are plain data that sigfillset and pthread_sigmask fill.
         unsafe {
             let mut all: libc::sigset_t = std::mem::zeroed();

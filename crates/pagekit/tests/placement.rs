@@ -80,6 +80,7 @@ impl Hot {
             regions: RegionMap::new(memory.start, template.whole()),
             beacon: None,
             page_size: PAGE,
+            owner: None,
             connection: None,
         };
         let target = Some(engine.add(new).unwrap());

@@ -349,6 +349,7 @@ impl Service {
             regions: RegionMap::of(regions),
             beacon: None,
             page_size: handshake.page_size,
+            owner: None,
             connection: Some(visitor.socket.try_clone().map_err(failed)?),
         };
         self.engine.add(new).map(|target| target.id).map_err(|error| error.to_string())

@@ -409,6 +409,7 @@ impl Service {
             regions: RegionMap::new(start, run),
             beacon,
             page_size: PAGE,
+            owner: None,
             connection: None,
         };
         self.engine.add(new).map(|target| target.id).map_err(|error| error.to_string())

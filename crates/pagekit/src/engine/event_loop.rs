@@ -270,6 +270,7 @@ impl Loop<'_> {
             regions,
             beacon: parent.beacon,
             page_size: parent.page_size,
+            owner: None,
             connection: None,
         };
         let Err(error) = self.shared.add(id, Some(parent.id), child) else { return };

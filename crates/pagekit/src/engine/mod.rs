@@ -13,6 +13,7 @@
 //! microseconds. Everything else goes to [`workers`], and whoever ends a fetch serves its waiters.
 
 mod ahead;
+pub mod broadcast;
 pub mod deputy;
 mod event_loop;
 mod fill;
@@ -29,7 +30,7 @@ use std::io::{self, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -40,12 +41,13 @@ use crate::error::{Error, Result};
 use crate::page::Run;
 use crate::template::Fetch;
 pub use ahead::Ahead;
+use broadcast::Broadcast;
 use deputy::Deputy;
 pub use outcome::{Histogram, Outcome, Outcomes};
 use placement::Placement;
 pub(crate) use target::kill;
 use target::Fault;
-pub use target::{NewTarget, Target, TargetId};
+pub use target::{NewTarget, Owner, Target, TargetId};
 use workers::Workers;
 
 /// What a server counts, for people and machines.
@@ -63,6 +65,8 @@ pub struct Statistics {
     pub ahead_pages: u64,
     /// How often the loop's thread went to stay on the processor of a target that faults all the time.
     pub stays: u64,
+    /// Those of them that a sibling had demanded.
+    pub broadcast_pages: u64,
     /// The last things that went wrong, oldest first.
     pub reports: Vec<String>,
 }
@@ -106,11 +110,15 @@ pub(crate) struct Shared {
     ahead: AtomicU64,
     /// Told of every target that a client brings.
     greeter: Mutex<Option<Greeter>>,
+    /// Puts what one target demands into its siblings, if that is wanted.
+    broadcast: OnceLock<Arc<Broadcast>>,
     /// The second handler, if there is one.
     deputy: RwLock<Option<Arc<dyn Deputy>>>,
     /// Whether a target may have deferred faults, so that the loop need not look for them in vain.
     deferred: AtomicBool,
     outcomes: Arc<Outcomes>,
+    /// Whether reports go to stderr too.
+    speaks: bool,
     reports: Mutex<Vec<String>>,
     workers: Workers,
     placement: Arc<Placement>,
@@ -164,6 +172,20 @@ impl Engine {
     /// # Errors
     /// `Kernel` when threads or descriptors run out.
     pub fn start() -> Result<Engine> {
+        Engine::start_and(true)
+    }
+
+    /// Starts one that keeps what it has to say for the statistics. Where the targets are memory of
+    /// this process it must not write: a thread that writes their memory into a pipe holds the pipe's
+    /// lock while it waits for a page, and nobody else may wait for that lock who has to serve it.
+    ///
+    /// # Errors
+    /// As [`Self::start`].
+    pub fn start_quiet() -> Result<Engine> {
+        Engine::start_and(false)
+    }
+
+    fn start_and(speaks: bool) -> Result<Engine> {
         let failed = |error: io::Error| Error::kernel("cannot start the engine", error);
         let create = || -> io::Result<Shared> {
             let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
@@ -178,9 +200,11 @@ impl Engine {
                 faults: AtomicU64::new(0),
                 ahead: AtomicU64::new(0),
                 greeter: Mutex::default(),
+                broadcast: OnceLock::new(),
                 deputy: RwLock::default(),
                 deferred: AtomicBool::new(false),
                 outcomes: Arc::default(),
+                speaks,
                 reports: Mutex::default(),
                 workers: Workers::start()?,
                 placement: Arc::default(),
@@ -273,6 +297,13 @@ impl Engine {
         self.shared.forget(id);
     }
 
+    /// Stops serving memory of this process that nobody touches any more. When this returns, nothing
+    /// will be put there: it can be unmapped, and its addresses be used again.
+    pub fn release(&self, target: &Target) {
+        target.release();
+        self.shared.forget(target.id);
+    }
+
     /// How many targets live.
     pub fn targets(&self) -> usize {
         self.shared.targets().len()
@@ -313,6 +344,7 @@ impl Engine {
             targets_ever: self.shared.ever.load(Relaxed),
             ahead_pages: self.shared.ahead.load(Relaxed),
             stays: self.shared.placement.stays(),
+            broadcast_pages: self.shared.broadcast_pages(),
             reports: self.shared.reports.lock().unwrap_or_else(PoisonError::into_inner).clone(),
         }
     }
@@ -328,6 +360,9 @@ impl Engine {
             let _ = thread.join();
         }
         self.shared.placement.stop();
+        if let Some(broadcast) = self.shared.broadcast.get() {
+            broadcast.stop();
+        }
         self.shared.workers.stop();
         self.shared.targets().clear();
         self.shared.fewer_targets.notify_all();
@@ -418,10 +453,12 @@ impl Shared {
         let _ = rustix::io::write(&self.poke, &1u64.to_ne_bytes());
     }
 
-    /// Says on stderr what went wrong, and keeps it for the statistics.
+    /// Says on stderr what went wrong, unless it is quiet, and keeps it for the statistics.
     fn report(&self, message: &str) {
-        // Not eprintln!, which panics where nobody reads: no thread of ours ends for that.
-        let _ = writeln!(io::stderr(), "pagekit: {message}");
+        if self.speaks {
+            // Not eprintln!, which panics where nobody reads: no thread of ours ends for that.
+            let _ = writeln!(io::stderr(), "pagekit: {message}");
+        }
         let mut reports = self.reports.lock().unwrap_or_else(PoisonError::into_inner);
         if reports.len() == REPORTS {
             reports.remove(0);

@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, Rw
 use std::time::{Duration, Instant};
 
 use rustix::process::{pidfd_send_signal, Signal};
-use uffd::{Errno, Userfaultfd};
+use uffd::{Errno, Progress, Userfaultfd};
 
 use super::deputy::{Answer, Passed};
 use super::locality::{Locality, Window};
@@ -28,6 +28,17 @@ pub type TargetId = u64;
 
 /// How long a fault may be refused by the kernel before it is given up.
 const REFUSAL_DEADLINE: Duration = Duration::from_secs(10);
+
+/// Somebody who is told what cannot be had, before whoever touches it finds out. On the engine's
+/// threads: it must not wait.
+pub trait Owner: Send + Sync + std::fmt::Debug {
+    /// The page at `address` cannot be had, and is poisoned next.
+    fn lost(&self, address: u64, error: &Arc<Error>);
+
+    /// The kernel cannot poison. Where the memory is this process's own: makes touching the page at
+    /// `address` raise SIGBUS by other means. Says whether it did; else the target is killed.
+    fn bar(&self, address: u64) -> bool;
+}
 
 /// A process whose faults are served.
 #[derive(Debug)]
@@ -61,6 +72,7 @@ pub struct Target {
     /// Pages that came ahead of demand.
     pub(super) ahead: AtomicU64,
     pub(super) gone: AtomicBool,
+    owner: Option<Arc<dyn Owner>>,
     /// Whether a deputy is called on: asked at every fault.
     pub(super) relayed: AtomicBool,
     /// Which pages of the template are the deputy's, in whole pages of the target. Changes with the
@@ -126,6 +138,8 @@ pub struct NewTarget {
     pub beacon: Option<u64>,
     /// Bytes of the target's own pages: 4096, or 2 MiB for hugetlb.
     pub page_size: u64,
+    /// Who is told what cannot be had.
+    pub owner: Option<Arc<dyn Owner>>,
     /// The client's connection, if it is to be open as long as the target lives.
     pub connection: Option<OwnedFd>,
 }
@@ -158,6 +172,7 @@ impl Target {
             gone: AtomicBool::new(false),
             relayed: AtomicBool::new(false),
             claims: Mutex::new(Arc::new([])),
+            owner: new.owner,
             _connection: new.connection,
         }
     }
@@ -165,6 +180,11 @@ impl Target {
     /// The process id, where known. (A process of another pid namespace has none here.)
     pub fn pid(&self) -> Option<i32> {
         lock(&self.process).as_ref().map(|process| process.pid).filter(|pid| *pid != 0)
+    }
+
+    /// Faults read from it.
+    pub fn faults(&self) -> u64 {
+        self.faults.load(Relaxed)
     }
 
     /// Whether pages can be put there ahead of demand: not where the target maps the template's file.
@@ -257,6 +277,13 @@ impl Target {
         }
     }
 
+    /// Takes all memory from it: who fills holds the map of regions, and finds nothing from now on.
+    pub(super) fn release(&self) {
+        let mut regions = self.regions_mut();
+        self.gone.store(true, Relaxed);
+        *regions = RegionMap::default();
+    }
+
     /// When the next deferred fault is due.
     pub(super) fn next_due(&self) -> Option<Instant> {
         lock(&self.deferred).values().map(|fault| fault.due).min()
@@ -316,16 +343,18 @@ impl Target {
                     let usual = self.locality().window(fault.address / PAGE, page);
                     self.window(usual, page)
                 });
-                let filled = match find(self.template.zero_runs(), page) {
+                let (put, filled) = match find(self.template.zero_runs(), page) {
                     Some(zero) => {
                         let pages = window.zeros.min(zero.end() - page);
                         let bytes = place.bytes.min(pages * PAGE);
-                        Some(self.zero(fault.address, bytes))
+                        let put = Run { start: page, pages: bytes / PAGE };
+                        (put, Some(self.zero(fault.address, bytes)))
                     }
-                    None => self.fill(fault.address, page, place, window.fill),
+                    None => (window.fill, self.fill(fault.address, page, place, window.fill)),
                 };
                 if let Some(resolution) = filled {
                     drop(regions);
+                    self.spread(shared, resolution, put);
                     return self.settle(shared, fault, resolution);
                 }
                 match self.template.want(page, window.fetch, || self.waiter(shared, &fault)) {
@@ -458,7 +487,25 @@ impl Target {
         mut fault: Fault,
         error: Arc<Error>,
     ) {
+        // Held meanwhile: what was released is not poisoned, whoever has those addresses then.
+        let regions = self.regions();
+        if self.gone.load(Relaxed) {
+            return shared.count(Outcome::Abandoned, &fault);
+        }
+        if let Some(owner) = &self.owner {
+            owner.lost(fault.address, &error);
+        }
         let progress = self.uffd.poison(fault.address, self.page_size);
+        let barred = || self.owner.as_ref().is_some_and(|owner| owner.bar(fault.address));
+        let progress = match progress.errno {
+            None | Some(Errno::EXIST | Errno::NOENT | Errno::SRCH | Errno::AGAIN) => progress,
+            Some(_) if barred() => {
+                let _ = self.uffd.wake(fault.address, self.page_size);
+                Progress { done: self.page_size as usize, errno: None }
+            }
+            Some(_) => progress,
+        };
+        drop(regions);
         let resolution = match progress.errno {
             None => {
                 self.report(shared, &fault, &error, "poisoned: touching it raises SIGBUS");

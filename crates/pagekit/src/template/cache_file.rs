@@ -36,6 +36,7 @@ use uffd::{Features, RegisterMode, Userfaultfd};
 use crate::delivery::Delivery;
 use crate::error::{Error, Result};
 use crate::page::{Run, PAGE};
+use crate::process;
 
 /// Why a publication stopped.
 #[derive(Debug)]
@@ -81,6 +82,8 @@ pub struct CacheFile {
 struct Alias {
     start: NonNull<u8>,
     bytes: usize,
+    /// The process that has it: see [`process::Ours`]. In children the addresses are somebody else's.
+    process: u64,
 }
 
 // SAFETY: the mapping is plain memory owned by this value; what is read through it is published
@@ -91,6 +94,9 @@ unsafe impl Sync for Alias {}
 
 impl Drop for Alias {
     fn drop(&mut self) {
+        if self.process != process::current() {
+            return;
+        }
         // SAFETY: mapped by CacheFile::create with this length, and no borrow of it outlives self.
         // A failure leaves address space behind, nothing else.
         let _ = unsafe { munmap(self.start.as_ptr().cast(), self.bytes) };
@@ -127,11 +133,11 @@ impl CacheFile {
         }
         .map_err(|e| failed("map", e))?;
         let start = NonNull::new(start.cast()).ok_or_else(|| failed("map", Errno::NOMEM))?;
-        let alias = Alias { start, bytes };
+        let alias = Alias { start, bytes, process: process::current() };
         // SAFETY: the whole mapping just made; MADV_DONTFORK does not change our view of it.
         unsafe { madvise(start.as_ptr().cast(), bytes, Advice::LinuxDontFork) }
             .map_err(|e| failed("protect from children", e))?;
-        let publisher = delivery.open_publisher()?.map(|uffd| {
+        let publisher = delivery.open()?.map(|uffd| {
             uffd.handshake(Features::SIGBUS)?;
             uffd.register(start.as_ptr() as u64, size, RegisterMode::MISSING)?;
             Ok::<_, std::io::Error>(uffd)

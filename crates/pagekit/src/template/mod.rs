@@ -46,6 +46,8 @@ const SHORTEST_ZERO_RUN: u64 = 16;
 
 /// Pages that one fetch brings at most: 2 MiB.
 const LONGEST_FETCH: u64 = 512;
+/// Pages that come along with one that is asked for, at most.
+pub(crate) const LONGEST_WINDOW: u64 = 256;
 /// Bytes of one read where all is fetched.
 pub const USUAL_REQUEST: u64 = 1 << 20;
 
@@ -188,6 +190,11 @@ impl Template {
             deadline,
             counters: Counters::default(),
         }))
+    }
+
+    /// What it was opened as.
+    pub fn spec(&self) -> &str {
+        &self.spec
     }
 
     /// Bytes.
@@ -421,7 +428,7 @@ impl Template {
             let inside = at % PAGE;
             let length = rest.len().min((PAGE - inside) as usize);
             let (part, tail) = rest.split_at_mut(length);
-            match self.bring(at / PAGE)? {
+            match self.bring(at / PAGE, LONGEST_WINDOW)? {
                 Some(_) => part.fill(0),
                 None => self.cache.read_present(at, part),
             }
@@ -441,7 +448,7 @@ impl Template {
         // What others were fetching meanwhile was left to them.
         let mut page = 0;
         while page < self.whole().end() {
-            page = match self.bring(page)? {
+            page = match self.bring(page, LONGEST_WINDOW)? {
                 Some(zero) => zero.end(),
                 None => page + 1,
             };
@@ -489,36 +496,36 @@ impl Template {
         }
     }
 
-    /// Makes one page present on this thread, or says which zero run it lies in.
-    fn bring(self: &Arc<Self>, page: u64) -> Result<Option<Run>, Arc<Error>> {
+    /// Makes one page present on this thread, or says which zero run it lies in. If it has to be
+    /// fetched, up to `window` pages come along. Blocks.
+    pub(crate) fn bring(
+        self: &Arc<Self>,
+        page: u64,
+        window: u64,
+    ) -> Result<Option<Run>, Arc<Error>> {
         self.check()?;
         if self.present.contains(page) {
             return Ok(None);
         }
         loop {
-            match self.bring_once(page) {
+            match self.bring_once(page, window) {
                 Err(error) if error.given_up() => {}
                 outcome => return outcome,
             }
         }
     }
 
-    fn bring_once(self: &Arc<Self>, page: u64) -> Result<Option<Run>, Arc<Error>> {
+    fn bring_once(self: &Arc<Self>, page: u64, window: u64) -> Result<Option<Run>, Arc<Error>> {
         let (sender, receiver) = std::sync::mpsc::sync_channel(1);
         let waiter: Waiter = Box::new(move |outcome| {
             // The receiver lives until it got this one message.
             let _ = sender.send(outcome.clone());
         });
-        match self.want(page, 256, || waiter) {
+        match self.want(page, window, || waiter) {
             Want::Here => return Ok(None),
             Want::Zero(run) => return Ok(Some(run)),
             Want::Waiting => {}
-            Want::Fetch(mut fetch) => {
-                while let Some((again, after)) = fetch.attempt() {
-                    std::thread::sleep(after);
-                    fetch = again;
-                }
-            }
+            Want::Fetch(fetch) => fetch.finish(),
         }
         receiver.recv().expect("a fetch always tells its waiters").map(|()| None)
     }
@@ -619,6 +626,14 @@ impl Fetch {
         }
         self.end(outcome);
         None
+    }
+
+    /// Attempts again and again until it has ended, on this thread.
+    pub(crate) fn finish(mut self) {
+        while let Some((again, pause)) = self.attempt() {
+            std::thread::sleep(pause);
+            self = again;
+        }
     }
 
     /// Reads and publishes `run`, a part of this fetch.

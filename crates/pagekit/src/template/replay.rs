@@ -26,7 +26,7 @@ use std::time::{Duration, Instant};
 
 use super::{Fetch, Template};
 use crate::error::{Error, Result};
-use crate::page::{coalesce, find, Run, PAGE};
+use crate::page::{coalesce, complement, find, union, Run, PAGE};
 use crate::working_set::WorkingSet;
 
 /// Pages of an extent at most: 512 KiB.
@@ -39,8 +39,6 @@ const ASKED_PER_BRIDGED: u64 = 10;
 const LEFT_TO_DEMAND: usize = 2;
 /// Requests at once at most.
 const MOST_PARALLEL: usize = 64;
-/// How much nicer than the rest of the process.
-const NICENESS: i32 = 5;
 /// A sink that could not take pages is asked again after this time.
 const SINK_PAUSE: Duration = Duration::from_millis(2);
 
@@ -89,6 +87,8 @@ pub enum Taken {
 pub struct Replay {
     template: Weak<Template>,
     plan: Plan,
+    /// The pages of the set, critical or not, rising.
+    set: Vec<Run>,
     options: Options,
     began: Instant,
     next: AtomicUsize,
@@ -160,7 +160,8 @@ impl Replay {
         if options.rest {
             plan.extents.extend(extents(set.rest(), zeros, LONGEST_EXTENT));
         }
-        Replay::start_plan(template, plan, options)
+        let all = set.critical().iter().chain(set.rest()).flatten().copied();
+        Replay::start_plan(template, plan, union(all), options)
     }
 
     /// Starts to fetch everything, in extents of `pages`.
@@ -171,10 +172,15 @@ impl Replay {
     ) -> Result<Arc<Replay>> {
         let data = crate::page::complement(template.whole(), template.zero_runs());
         let extents = data.into_iter().flat_map(|run| cut(run, pages)).collect();
-        Replay::start_plan(template, Plan { extents, critical: 0 }, options)
+        Replay::start_plan(template, Plan { extents, critical: 0 }, Vec::new(), options)
     }
 
-    fn start_plan(template: &Arc<Template>, plan: Plan, options: Options) -> Result<Arc<Replay>> {
+    fn start_plan(
+        template: &Arc<Template>,
+        plan: Plan,
+        set: Vec<Run>,
+        options: Options,
+    ) -> Result<Arc<Replay>> {
         let capabilities = template.capabilities();
         let usual = match capabilities.immediate {
             // The processor copies, and somebody is starting a sandbox: half of it is left to that.
@@ -187,6 +193,7 @@ impl Replay {
             template: Arc::downgrade(template),
             fetched: plan.extents.iter().map(|_| AtomicBool::new(false)).collect(),
             plan,
+            set,
             options,
             began: Instant::now(),
             next: AtomicUsize::new(0),
@@ -267,6 +274,11 @@ impl Replay {
         }
     }
 
+    /// Those of `runs` (rising, not overlapping) that are of the set, fetched yet or not.
+    pub(crate) fn of_its_set(&self, runs: &[Run]) -> Vec<Run> {
+        runs.iter().flat_map(|run| complement(*run, &complement(*run, &self.set))).collect()
+    }
+
     /// Counters, now.
     pub fn statistics(&self) -> Statistics {
         let pages = |extents: &[Run]| extents.iter().map(|run| run.pages).sum();
@@ -285,7 +297,7 @@ impl Replay {
     }
 
     fn work(self: Arc<Self>) {
-        be_nice();
+        crate::thread::be_nice();
         let _working = Working(&self);
         loop {
             let at = self.next.fetch_add(1, Relaxed);
@@ -350,7 +362,7 @@ impl Replay {
 
     /// Brings fetched pages into the sinks, each in turn, until all have all.
     fn fill_sinks(self: Arc<Self>) {
-        be_nice();
+        crate::thread::be_nice();
         loop {
             let (mut sinks, news) = {
                 let mut state = self.lock();
@@ -417,13 +429,6 @@ impl Drop for Working<'_> {
         drop(state);
         self.0.changed.notify_all();
     }
-}
-
-/// Lets the threads that serve faults go first.
-fn be_nice() {
-    // SAFETY: no memory is passed. On Linux this concerns the calling thread alone. A refusal costs
-    // nothing but the courtesy.
-    unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, NICENESS) };
 }
 
 /// The pages of `phases` in extents of at most `longest` pages, by the earliest phase of each.

@@ -224,6 +224,7 @@ impl Served {
             regions: RegionMap::new(memory.start, run),
             beacon: None,
             page_size: PAGE,
+            owner: None,
             connection: None,
         };
         let target = engine.add(new).unwrap();
