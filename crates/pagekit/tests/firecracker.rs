@@ -206,7 +206,7 @@ impl Vmm {
     }
 
     fn page(&self, page: u64) -> Vec<u8> {
-        (0..PAGE).map(|at| touch(self.at(page) + at)).collect()
+        touch_all(self.at(page))
     }
 
     /// Its target, once the server has it.
@@ -748,7 +748,7 @@ fn every_byte_is_right_under_load() {
                 .map(|thread| {
                     let (vmm, truth) = (&vmms[thread / 3], &truths[thread / 3]);
                     scope.spawn(move || {
-                        for step in 0..600 {
+                        for step in 0..repetitions(600) {
                             let dice = mix(step << 8 | thread as u64) ^ mix(round);
                             let page = dice % PAGES;
                             match thread % 3 {
@@ -946,7 +946,7 @@ fn a_hundred_thousand_pieces_are_no_trouble() {
     let vmm = Vmm::with(&service, Memory::of(PAGES));
     let began = Instant::now();
     let mut page = 1;
-    for _ in 0..100_000 {
+    for _ in 0..repetitions(100_000) {
         vmm.memory.give_back(page, 1);
         page = (page + 2 * 77_773) % PAGES;
     }
