@@ -1,6 +1,8 @@
 //! Swap space, and a memory limit that makes the kernel use it. Both are gone when what made them is
 //! dropped, which a panic does too.
 
+#![allow(dead_code, reason = "each test program uses a part of it")]
+
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::os::unix::ffi::OsStrExt;
@@ -113,4 +115,11 @@ pub fn swapped_bytes() -> usize {
     let status = fs::read_to_string("/proc/self/status").unwrap();
     let line = status.lines().find_map(|line| line.strip_prefix("VmSwap:")).unwrap();
     line.trim().trim_end_matches(" kB").parse::<usize>().unwrap() * 1024
+}
+
+/// Bytes of all swap spaces that are used.
+pub fn used_bytes() -> usize {
+    let text = fs::read_to_string("/proc/swaps").unwrap();
+    let used = |line: &str| line.split_whitespace().nth(3)?.parse::<usize>().ok();
+    text.lines().skip(1).filter_map(used).sum::<usize>() * 1024
 }
