@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, SupportsIndex, overload
 
 from ._native import core
+from .callback import Callback
 from .errors import UsageError
 from .template import PAGE_SIZE, Template
 
@@ -45,8 +46,9 @@ class Map(_Core):  # type: ignore[misc]
 
     def __new__(
         cls,
-        source: str | Template,
+        source: str | Callback | Template,
         *,
+        size: int | None = None,
         layers: Sequence[str] = (),
         writable: bool = False,
         faults: Faults = "auto",
@@ -54,14 +56,14 @@ class Map(_Core):  # type: ignore[misc]
         deadline: float = 5.0,
     ) -> Self:
         if isinstance(source, Template):
-            if layers:
+            if layers or size is not None:
                 raise UsageError(
-                    "layers go around a source, and a template has its own",
+                    "layers go around a source, and a size is a function's: a template has its own",
                     hint="give them to pagekit.Template",
                 )
             template = source
         else:
-            template = Template(source, layers=layers, deadline=deadline)
+            template = Template(source, size=size, layers=layers, deadline=deadline)
         self: Self = super().__new__(cls, template._core, writable, faults, page_size)
         self._spec = template.spec
         self._writable = writable
@@ -205,8 +207,9 @@ class Map(_Core):  # type: ignore[misc]
 
 
 def map(
-    source: str | Template,
+    source: str | Callback | Template,
     *,
+    size: int | None = None,
     layers: Sequence[str] = (),
     writable: bool = False,
     faults: Faults = "auto",
@@ -221,8 +224,9 @@ def map(
             vectors = numpy.frombuffer(memory, dtype="f4").reshape(-1, 768)
 
     Args:
-        source: where the pages come from, as for :class:`pagekit.Template`; or a template, whose
-            pages all its maps share.
+        source: where the pages come from, as for :class:`pagekit.Template`: a spec, or a function
+            that makes them; or a template, whose pages all its maps share.
+        size: bytes, a multiple of 4096; with a function only.
         layers: pieces around the source, outermost first, as for :class:`pagekit.Template`.
         writable: whether the memory can be written. What is written stays in this process, and in
             this map; the source is never written.
@@ -247,6 +251,7 @@ def map(
     """
     return Map(
         source,
+        size=size,
         layers=layers,
         writable=writable,
         faults=faults,
