@@ -715,6 +715,9 @@ def number(offset, length):
             assert!(matches!(error, Error::Callback { .. }) && !error.retryable(), "{error}");
             assert!(error.to_string().contains("as did the one before"), "{error}");
             read(&source, 0).unwrap();
+            // It is known by now.
+            assert!(matches!(read(&source, page), Err(Error::Callback { .. })));
+            read(&source, 0).unwrap();
         }
     }
 
