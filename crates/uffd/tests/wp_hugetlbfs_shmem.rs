@@ -20,7 +20,7 @@ fn writes_to_protected_pages_wait() {
 fn a_child_is_not_protected_without_the_event_and_is_with_it() {
     let _alone = alone();
     if need("WP_HUGETLBFS_SHMEM") && need("EVENT_FORK") {
-        // Before commit 5a2f8d22ac8b ("mm/hugetlb: fix uffd-wp during fork()") a child had it anyway.
+        // Seen on 6.1: a child has it anyway, until "mm/hugetlb: fix uffd-wp during fork()".
         let kinds = match need_kernel((6, 4), "protection of hugetlbfs in a child") {
             true => BOTH.concat(),
             false => Kind::SHMEM.to_vec(),
