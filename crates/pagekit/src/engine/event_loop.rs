@@ -190,10 +190,12 @@ impl Loop<'_> {
                             }
                             Event::Unmap { start, end } => {
                                 regions.unmap(start, end);
+                                target.huge_given_back(start, end);
                                 target.tell(self.shared, Happening::Unmap(start, end));
                             }
                             Event::Remap { from, to, len } => {
                                 regions.remap(from, to, len);
+                                target.huge_moved(from, to, len);
                                 target.tell(self.shared, Happening::Remap(from, to, len));
                             }
                             // The child has what the parent has at this moment.

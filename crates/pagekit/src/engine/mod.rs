@@ -29,8 +29,8 @@ use std::collections::HashMap;
 use std::io::{self, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::panic::{catch_unwind, AssertUnwindSafe};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicU8, Ordering::Relaxed};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -41,7 +41,6 @@ use crate::error::{Error, Result};
 use crate::page::Run;
 use crate::template::Fetch;
 pub use ahead::Ahead;
-use broadcast::Broadcast;
 use deputy::Deputy;
 pub use outcome::{Histogram, Outcome, Outcomes};
 use placement::Placement;
@@ -90,6 +89,9 @@ pub struct TargetStatistics {
     pub ahead_pages: u64,
 }
 
+/// A piece of a target's memory: address, bytes, and the first page of the template, or none.
+pub type Piece = (u64, u64, Option<u64>);
+
 /// The engine. Dropping it stops it.
 #[derive(Debug)]
 pub struct Engine {
@@ -110,8 +112,10 @@ pub(crate) struct Shared {
     ahead: AtomicU64,
     /// Told of every target that a client brings.
     greeter: Mutex<Option<Greeter>>,
-    /// Puts what one target demands into its siblings, if that is wanted.
-    broadcast: OnceLock<Arc<Broadcast>>,
+    /// What is put into siblings: a [`broadcast::Policy`].
+    broadcast: AtomicU8,
+    /// Pages that came so.
+    spread: AtomicU64,
     /// The second handler, if there is one.
     deputy: RwLock<Option<Arc<dyn Deputy>>>,
     /// Whether a target may have deferred faults, so that the loop need not look for them in vain.
@@ -200,7 +204,8 @@ impl Engine {
                 faults: AtomicU64::new(0),
                 ahead: AtomicU64::new(0),
                 greeter: Mutex::default(),
-                broadcast: OnceLock::new(),
+                broadcast: AtomicU8::new(0),
+                spread: AtomicU64::new(0),
                 deputy: RwLock::default(),
                 deferred: AtomicBool::new(false),
                 outcomes: Arc::default(),
@@ -309,6 +314,13 @@ impl Engine {
         self.shared.targets().len()
     }
 
+    /// What belongs where in a living target, as far as its events were read: address, bytes, and the
+    /// first page of the template, or none for zeros. Of one that gave single pages back here and
+    /// there that may be long.
+    pub fn regions(&self, id: TargetId) -> Option<Vec<Piece>> {
+        Some(self.target(id)?.regions().pieces().collect())
+    }
+
     /// Waits until no target lives, or the time is over; says whether none does.
     pub fn wait_idle(&self, time: Duration) -> bool {
         let targets = self.shared.targets();
@@ -344,7 +356,7 @@ impl Engine {
             targets_ever: self.shared.ever.load(Relaxed),
             ahead_pages: self.shared.ahead.load(Relaxed),
             stays: self.shared.placement.stays(),
-            broadcast_pages: self.shared.broadcast_pages(),
+            broadcast_pages: self.shared.spread.load(Relaxed),
             reports: self.shared.reports.lock().unwrap_or_else(PoisonError::into_inner).clone(),
         }
     }
@@ -360,9 +372,6 @@ impl Engine {
             let _ = thread.join();
         }
         self.shared.placement.stop();
-        if let Some(broadcast) = self.shared.broadcast.get() {
-            broadcast.stop();
-        }
         self.shared.workers.stop();
         self.shared.targets().clear();
         self.shared.fewer_targets.notify_all();
