@@ -14,7 +14,7 @@ use pagekit::delivery::Delivery;
 use pagekit::error::Error;
 use pagekit::process::Ours;
 use pagekit::template::replay;
-use pagekit::{server, template, working_set};
+use pagekit::{engine, server, template, working_set};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
@@ -372,6 +372,11 @@ impl Server {
         Ok(serde_json::to_string(&self.get()?.statistics()).unwrap_or_default())
     }
 
+    fn regions(&self, py: Python<'_>, target: u64) -> PyResult<Option<Vec<engine::Piece>>> {
+        let server = self.get()?;
+        Ok(py.detach(|| server.engine().regions(target)))
+    }
+
     fn wait_idle(&self, py: Python<'_>, seconds: f64) -> PyResult<bool> {
         let time = Duration::try_from_secs_f64(seconds)
             .map_err(|error| PyValueError::new_err(format!("timeout: {error}")))?;
@@ -410,8 +415,8 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<WorkingSet>()?;
     module.add_class::<Recording>()?;
     module.add_class::<Replay>()?;
-    module.add_class::<relay::Relay>()?;
     module.add_class::<map::Map>()?;
+    module.add_class::<relay::Relay>()?;
     module.add_function(wrap_pyfunction!(probe, module)?)?;
     uffd::add_to(module)?;
     Ok(())

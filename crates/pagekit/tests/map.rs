@@ -14,6 +14,7 @@ use pagekit::error::Error;
 use pagekit::map::{Faults, Map, Options};
 use pagekit::page::{Run, PAGE};
 use pagekit::template::Template;
+use rustix::pipe::pipe;
 
 fn mapped(template: &Arc<Template>, options: Options) -> Arc<Map> {
     Map::new(Arc::clone(template), &Arc::new(delivery()), options).unwrap()
@@ -145,7 +146,7 @@ fn a_page_that_was_lost_can_be_had_again() {
 
 /// Writes a page of the map into nothing: the kernel touches it.
 fn write_from(map: &Map, page: u64) -> io::Result<usize> {
-    let (reader, writer) = io::pipe()?;
+    let (reader, writer) = pipe()?;
     // SAFETY: the kernel checks the address, which is inside the map.
     let written = unsafe {
         let at = map.address().add((page * PAGE) as usize);
@@ -336,8 +337,8 @@ fn drained(pipe: impl Into<OwnedFd>) -> Vec<u8> {
 #[test]
 fn an_orphans_missing_pages_raise_sigbus_and_others_stay() {
     let file = template_file(200, &[Run::between(150, 170)]);
-    let (reader, writer) = io::pipe().unwrap();
-    let (gone, going) = io::pipe().unwrap();
+    let (reader, writer) = pipe().unwrap();
+    let (gone, going) = pipe().unwrap();
     // A child makes the map, its child survives it.
     let status = child(|| {
         let template = open(&spec(&file), &[], DEADLINE);
@@ -403,7 +404,7 @@ fn a_bare_clone_does_not_have_it() {
 
 /// Runs `body` in a child whose stderr is a pipe: its status, and what it said.
 fn heard(body: impl FnOnce()) -> (i32, String) {
-    let (reader, writer) = io::pipe().unwrap();
+    let (reader, writer) = pipe().unwrap();
     let status = child(|| {
         // SAFETY: both are open; the child's own stderr.
         unsafe {

@@ -470,8 +470,10 @@ def _not_opened(error: OSError, user_mode_only: bool, device: object) -> KernelE
     if device is not None:
         hint = "sudo setfacl -m u:$USER:rw /dev/userfaultfd"
         return PermissionDenied(f"cannot open a userfaultfd of {device}: {error}", hint=hint)
-    _, _, _, reason, hint = core().probe()
-    if not user_mode_only:
+    reason = core().probe()[3]
+    rows = {row.name: row for row in rows_of_features()}
+    hint = rows["USER_MODE_ONLY" if user_mode_only else "KERNEL_FAULTS"].remedy
+    if not user_mode_only and rows["USER_MODE_ONLY"].state == "yes":
         hint = f"{hint}; or, for faults of the program itself, user_mode_only=True"
     return PermissionDenied(reason or f"cannot open a userfaultfd: {error}", hint=hint)
 

@@ -89,6 +89,9 @@ pub struct TargetStatistics {
     pub ahead_pages: u64,
 }
 
+/// A piece of a target's memory: address, bytes, and the first page of the template, or none.
+pub type Piece = (u64, u64, Option<u64>);
+
 /// The engine. Dropping it stops it.
 #[derive(Debug)]
 pub struct Engine {
@@ -309,6 +312,13 @@ impl Engine {
     /// How many targets live.
     pub fn targets(&self) -> usize {
         self.shared.targets().len()
+    }
+
+    /// What belongs where in a living target, as far as its events were read: address, bytes, and the
+    /// first page of the template, or none for zeros. Of one that gave single pages back here and
+    /// there that may be long.
+    pub fn regions(&self, id: TargetId) -> Option<Vec<Piece>> {
+        Some(self.target(id)?.regions().pieces().collect())
     }
 
     /// Waits until no target lives, or the time is over; says whether none does.

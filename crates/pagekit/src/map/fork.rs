@@ -483,13 +483,12 @@ pub(super) fn answer(house: &House) {
             numbers.extend(ends.ties.iter().map(|(tie, _)| tie.as_raw_fd()));
         }
         // By their numbers, and without the lock: only this thread closes any of them in this process.
-        let mut entries: Vec<PollFd<'_>> = numbers
-            .iter()
+        let watched = |number: &i32| {
             // SAFETY: they stay open until this thread takes them from the list.
-            .map(|number| {
-                PollFd::from_borrowed_fd(unsafe { BorrowedFd::borrow_raw(*number) }, PollFlags::IN)
-            })
-            .collect();
+            let end = unsafe { BorrowedFd::borrow_raw(*number) };
+            PollFd::from_borrowed_fd(end, PollFlags::IN)
+        };
+        let mut entries: Vec<PollFd<'_>> = numbers.iter().map(watched).collect();
         if poll(&mut entries, None).is_err() {
             // No room for the call: it passes.
             std::thread::yield_now();

@@ -41,16 +41,27 @@ pub(super) enum Class {
     Missing,
     Integrity,
     Kernel,
+    Callback,
+    Timeout,
 }
 
 impl Class {
-    const ALL: [Class; 4] = [Class::Unavailable, Class::Missing, Class::Integrity, Class::Kernel];
+    const ALL: [Class; 6] = [
+        Class::Unavailable,
+        Class::Missing,
+        Class::Integrity,
+        Class::Kernel,
+        Class::Callback,
+        Class::Timeout,
+    ];
 
     fn of(error: &Error) -> Class {
         match error {
             Error::Missing { .. } => Class::Missing,
             Error::Integrity { .. } => Class::Integrity,
             Error::Kernel { .. } => Class::Kernel,
+            Error::Callback { .. } => Class::Callback,
+            Error::Timeout { .. } => Class::Timeout,
             _ => Class::Unavailable,
         }
     }
@@ -77,6 +88,14 @@ impl Reason {
             Class::Unavailable => Error::Unavailable { what, error: std::io::Error::other(text) },
             Class::Missing => Error::Missing { what, error: std::io::Error::other(text) },
             Class::Integrity => Error::Integrity { message: format!("{what}: {text}") },
+            Class::Callback => Error::Callback {
+                message: format!("{what}: {text}"),
+                traceback: String::new(),
+                pickled: Vec::new(),
+            },
+            Class::Timeout => {
+                Error::Timeout { message: format!("{what}: {text}"), hint: String::new() }
+            }
             Class::Kernel => Error::Kernel { what, error: std::io::Error::other(text) },
         }
     }

@@ -295,6 +295,7 @@ impl Map {
             template,
         });
         signal::install()?;
+        fork::install();
         let service = match (uffd, house) {
             (Some(uffd), Some(house)) => {
                 space.children(space::Children::KeepOut);
