@@ -1,30 +1,40 @@
-"""What a fault costs: this engine, the handler that everybody writes first, and the kernel alone.
+"""What a fault costs: this engine, the handler that everybody writes first, the kernel alone.
 
-*Handlers.* A program hands over its userfaultfd as Firecracker does, and touches one page of each 64 KiB
-in random order: *single* faults, for which this engine brings the one page, as the other handler does.
-(With a second page of such a block it would bring the rest.) The memory is at hand for both.
+*Handlers.* A program hands over its userfaultfd as Firecracker does, and touches one page of each
+64 KiB in random order: *single* faults, for which this engine brings the one page, as the other
+handler does. (With a second page of such a block it would bring the rest.) The memory is at hand
+for both.
 
 engine     `pagekitd --firecracker`, its template filled
 minimal    poll, read one event, copy one page (benchmarks/programs/handler.c)
 read       the same, but asleep in read, without poll
 
-Each of them *pinned*: the handler and the thread that faults on the same processor, *bound*: only the
-thread, and *unpinned*: everybody where the scheduler likes; with one thread that faults, and with two.
+Each of them *pinned*: the handler and the thread that faults on the same processor, *bound*: only
+the thread, and *unpinned*: everybody where the scheduler likes; with one thread that faults, and
+with two.
 
-*Paths.* What each way to resolve a fault costs at best: a few lines of C, by run length, order, threads,
-and by where the handler is and how it waits (benchmarks/programs/fault.c says it all). `sigbus` is
-resolved by the thread itself, in a signal handler; `anonymous` (zero pages) and `private` (a private
-mapping of a cached file on tmpfs) are the kernel alone.
+*Maps.* The same touches of a `pagekit.map` in this process, whose template is empty: with each page
+come the fifteen beside it, from the file. *thread*: a thread of ours brings them; *signal*: the
+thread that faults, in a signal handler.
 
-*Share.* What a page costs the second fork that maps a template, against plain private mappings of a file
-(benchmarks/share.py says how).
+*Paths.* What each way to resolve a fault costs at best: a few lines of C, by run length, order,
+threads, and by where the handler is and how it waits (benchmarks/programs/fault.c says it all).
+`sigbus` is resolved by the thread itself, in a signal handler; `anonymous` (zero pages) and
+`private` (a private mapping of a cached file on tmpfs) are the kernel alone; so is what a second
+fork does with `share`, and would do if the template was in huge pages: `second` and `folded`. For
+the last three the time is that of a page.
 
-Prints medians: faults a second, microseconds of a fault (median and 99th percentile), and microseconds of
-the processors that handler and program took for it. Under ``ratios``:
+*Share.* What a page costs the second fork that maps a template, against plain private mappings of
+a file (benchmarks/share.py says how).
 
-copy_vs_minimal_pinned      faults/s of engine, pinned, against read, pinned; wanted: >= 0.95
-copy_vs_minimal_unpinned    faults/s of engine, unpinned, against minimal, unpinned; wanted: >= 2
-share_second_vs_private     time of the second fork against the private mapping, random; wanted: <= 1.2
+Prints medians: faults a second, microseconds of a fault (median and 99th percentile), and
+microseconds of the processors that handler and program took for it. Under ``ratios``:
+
+copy_vs_minimal_pinned      faults/s of engine against read, both pinned; wanted: >= 0.95
+copy_vs_minimal_unpinned    faults/s of engine against minimal, both unpinned; wanted: >= 2
+share_second_vs_private     time of the second fork against the private mapping; wanted: <= 1.2
+share_second_vs_disk        the same against a file on disk in large folios
+map_signal_vs_thread        faults/s of the two kinds of maps
 
     python benchmarks/fault.py [--json] [--quick] [--disk DIRECTORY]
 """
@@ -34,27 +44,32 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
 import random
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Literal
 
 import share
 from common import PATIENCE, PROGRAMS, compiled, handler
 
+import pagekit
 from pagekit.client import server_program
 
 BLOCK = 64 << 10
-FAULTS = 8192
+FAULTS = 4096
 MEMORY = FAULTS * BLOCK
 PLACES = ("pinned", "bound", "unpinned")
 PATHS = ("copy", "share", "continue", "zeropage")
+EVERY = ("private", "second", "folded")
+"""Those of which every page is touched."""
+ALONE = ("anonymous", *EVERY)
 HANDLERS = ("same-read", "same-poll", "other-read", "other-spin", "free-poll")
 RUNS = {"4 KiB": (4 << 10, 4096), "64 KiB": (64 << 10, 1024), "2 MiB": (2 << 20, 64)}
 """Bytes of a run, and faults."""
@@ -93,7 +108,9 @@ class Bench:
         cpu = found["touching_cpu_s"] + found["handling_cpu_s"]
         result = {
             "faults_per_s": found["faults"] / found["seconds"],
-            "p50_us": found["p50_us"],
+            "p50_us": found["seconds"] / found["faults"] * 1e6
+            if path in EVERY
+            else found["p50_us"],
             "p99_us": found["p99_us"],
             "cpu_us": cpu / found["faults"] * 1e6,
         }
@@ -126,13 +143,38 @@ class Bench:
                 with handler(command, socket, pinned=place == "pinned"):
                     self.ask(who, place, threads, socket)
 
+    def maps(self) -> None:
+        """One of each kind of map, in random order."""
+        kinds: list[Literal["thread", "signal"]] = ["thread", "signal"]
+        for kind in random.sample(kinds, len(kinds)):
+            order = random.sample(range(0, MEMORY, BLOCK), FAULTS)
+            with (
+                pagekit.Template(f"file:{self.memory}") as template,
+                pagekit.map(template, faults=kind) as memory,
+                memoryview(memory) as view,
+            ):
+                cpu = -time.process_time()
+                times = [time.perf_counter()]
+                for at in order:
+                    _ = view[at]
+                    times.append(time.perf_counter())
+                cpu += time.process_time()
+            took = sorted((after - before) * 1e6 for before, after in itertools.pairwise(times))
+            result = {
+                "faults_per_s": FAULTS / (times[-1] - times[0]),
+                "p50_us": took[FAULTS // 2],
+                "p99_us": took[FAULTS * 99 // 100],
+                "cpu_us": cpu / FAULTS * 1e6,
+            }
+            self.results["map", kind, "1"].append(result)
+
     def paths(self) -> None:
         """One of each path, in random order."""
         ways = [*itertools.product(PATHS, HANDLERS, ("1", "2")), ("sigbus", "here", "1")]
-        ways += [("sigbus", "here", "2"), ("anonymous", "here", "1"), ("private", "here", "1")]
+        ways += [("sigbus", "here", "2"), *((path, "here", "1") for path in ALONE)]
         arms = list(itertools.product(ways, RUNS, ORDERS))
         for way, run, order in random.sample(arms, len(arms)):
-            if way[0] in ("anonymous", "private") and run != "4 KiB":
+            if way[0] in ALONE and run != "4 KiB":
                 continue
             self.touch(*way, run, order, "", self.memory)
 
@@ -153,15 +195,14 @@ class Bench:
             "copy_vs_minimal_pinned": rate("engine", "pinned") / rate("read", "pinned"),
             "copy_vs_minimal_unpinned": rate("engine", "unpinned") / rate("minimal", "unpinned"),
             "share_second_vs_private": pages["second_random"] / pages["plain_random"],
-            "share_second_vs_large_folios": pages["second_random"] / pages["disk_random"],
+            "share_second_vs_disk": pages["second_random"] / pages["disk_random"],
+            "map_signal_vs_thread": rate("map", "signal") / rate("map", "thread"),
         }
 
 
 def show(bench: Bench) -> None:
     medians = bench.medians()
-    print(
-        f"{'random single faults':28} {'faults/s':>9} {'p50':>7} {'p99':>7} {'cpu':>7}  (µs a fault)"
-    )
+    print(f"{'random single faults':28} {'faults/s':>9} {'p50 µs':>7} {'p99 µs':>7} {'cpu µs':>7}")
     for arm, found in medians.items():
         if len(arm) == 3:
             name = f"{arm[0]}, {arm[1]}, {arm[2]} thread{'s'[: arm[2] != '1']}"
@@ -175,8 +216,8 @@ def show(bench: Bench) -> None:
     for way in dict.fromkeys(arm[:3] for arm in medians if len(arm) == 5):
         print(f"{' '.join(way):28}", end="")
         for column in columns:
-            found = medians.get((*way, *column))
-            print(f" {found['p50_us']:13.2f}" if found else f" {'':13}", end="")
+            cell = medians.get((*way, *column))
+            print(f" {cell['p50_us']:13.2f}" if cell else f" {'':13}", end="")
         print()
     print("\nµs a page, touched in random order")
     for name, value in bench.share.medians().items():
@@ -200,6 +241,7 @@ def main() -> None:
         engines = {place: stack.enter_context(bench.engine(place)) for place in PLACES}
         for number in range(samples[0]):
             bench.handlers(engines)
+            bench.maps()
             bench.share.sample("random")
             if number < samples[1]:
                 bench.paths()

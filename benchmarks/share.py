@@ -3,8 +3,8 @@
 A program maps a file of 64 MiB and touches one byte of each page, in random order and in sequence:
 
 plain     a private mapping of a file on tmpfs in 4 KiB folios: the floor
-disk      a private mapping of a cached file on disk, written in pieces of 1 MiB: large folios, where the
-          file system has them
+disk      a private mapping of a cached file on disk, written in pieces of 1 MiB: in large folios,
+          where the file system has them
 first     a template that is empty when the program starts, backend share
 second    the same template, which the first one filled, backend share
 copy      the same template, filled, backend copy

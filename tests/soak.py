@@ -4,6 +4,8 @@ memory back at random, in user mode and in the kernel. A client lives for one st
 at all of its memory; every tenth is killed instead. One server answers at once, another one's
 source is slow, a third one's clients have pages of 2 MiB, where the machine has such pages.
 
+Beside them live targets that do to their memory all that userfaultfd has events for (events.py).
+
     make soak                            one minute
     make soak ARGS='--seconds 600 --seed 7'
 
@@ -21,11 +23,13 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
+import events
 import support
 from support import Daemon, Memory
 from vmm import HUGE, Vmm, descriptors, given_back, huge_pages
@@ -168,8 +172,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=random.randrange(1 << 30))
     options = parser.parse_args()
     print(json.dumps({"seconds": options.seconds, "seed": options.seed}), flush=True)
-    for name, done in soak(options.seconds, options.seed).items():
-        print(json.dumps({"server": name, **done}))
+    with ThreadPoolExecutor() as pool:
+        wild = pool.submit(events.soak, options.seconds, options.seed)
+        for name, done in soak(options.seconds, options.seed).items():
+            print(json.dumps({"server": name, **done}))
+        for name, done in wild.result().items():
+            print(json.dumps({"events": name, **done}))
 
 
 if __name__ == "__main__":

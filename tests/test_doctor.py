@@ -29,12 +29,20 @@ PACKAGE = Path(pagekit.__file__).parent
 # What doctor finds out, without the command line's dependencies, which others may not reach.
 LOOK = """
 import dataclasses, json
-from pagekit import doctor
+from pagekit import doctor, errors, uffd
+if doctor.userfaultfd().has("USER_MODE_ONLY"):
+    uffd.Userfaultfd(user_mode_only=True).close()
+try:
+    with uffd.Userfaultfd() as faults:
+        opened = sorted(faults.features)
+except errors.PermissionDenied as error:
+    opened = [str(error), error.hint]
 checks = doctor.examine()
 print(json.dumps({
     "can_serve": doctor.can_serve(checks),
     "checks": [dataclasses.asdict(check) for check in checks],
     "userfaultfd": dataclasses.asdict(doctor.userfaultfd()),
+    "opened": opened,
 }))
 """
 
@@ -49,7 +57,7 @@ class Findings:
         rows = report["userfaultfd"]["features"]
         self.states: dict[str, str] = {row["name"]: row["state"] for row in rows}
         self.remedies: dict[str, str] = {row["name"]: row["remedy"] for row in rows}
-        self.unknown: list[str] = report["userfaultfd"]["unknown"]
+        self.opened: list[str] = report.get("opened")
 
     def refused(self) -> set[str]:
         return {name for name, state in self.states.items() if state == "not permitted"}
@@ -134,6 +142,9 @@ def test_an_unprivileged_user_has_user_mode_only(other: Other, closed_device: No
     assert check["state"] == "limited" and not found.can_serve
     assert "user_mode_only=True" in check["found"] and "EFAULT" in check["found"]
     assert "fork events" not in found.checks
+    reason, hint = found.opened
+    assert "not permitted to this user" in reason and "/dev/userfaultfd" in reason
+    assert "user_mode_only=True" in hint and "sysctl" in hint
 
 
 def test_an_unprivileged_user_with_the_sysctl(other: Other, closed_device: None) -> None:
@@ -143,6 +154,7 @@ def test_an_unprivileged_user_with_the_sysctl(other: Other, closed_device: None)
     assert found.states["KERNEL_FAULTS"] == "yes" and found.remedies["KERNEL_FAULTS"] == ""
     assert found.checks["userfaultfd"]["state"] == "yes"
     assert found.checks["fork events"]["state"] == "limited"
+    assert found.opened == []
 
 
 def test_an_unprivileged_user_with_the_device(other: Other, closed_device: None) -> None:
@@ -176,6 +188,7 @@ def test_a_seccomp_filter_is_named(error: str, other: Other, closed_device: None
         assert "seccomp" in found.remedies[name], name
         assert "setfacl" in found.remedies[name], name
     assert found.checks["userfaultfd"]["state"] == "no"
+    assert "seccomp" in found.opened[0] and "seccomp" in found.opened[1]
     assert "seccomp" in found.checks["userfaultfd"]["found"]
 
     with device_of(support.NOBODY, 0o600):

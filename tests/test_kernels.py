@@ -325,7 +325,7 @@ def test_the_initramfs_has_all_that_is_run(tmp_path: Path) -> None:
         guest.base(busybox)
         guest.end()
     names = kernels.pack(tmp_path / "initrd", tmp_path / "guest", modules, [program])
-    assert names == ["uffd/unit", "shim/share", "shim/copy"]
+    assert names == ["shim/share", "shim/copy", "uffd/unit"]
     whole = (tmp_path / "initrd").read_bytes()
     found, end = entries(whole)
     assert found["bin/timeout"] == (0o120777, b"busybox")

@@ -182,6 +182,22 @@ def test_every_piece_runs_the_conformance_suite() -> None:
                 assert "conformance::check(" in path.read_text(), path
 
 
+def test_every_feature_has_its_tests_and_their_page_is_true() -> None:
+    tests = {path.stem: path.read_text() for path in (CRATES / "uffd" / "tests").glob("*.rs")}
+    table = (CRATES / "uffd" / "src" / "features.rs").read_text().split("\nfeatures! {")[1]
+    features = re.findall(r'^ {8}([A-Z_]+)(?: = \d+)?: "', table, re.MULTILINE)
+    assert len(features) >= 24
+    for name in features:
+        assert tests.get(name.lower(), "").startswith(f"//! {name}: "), name
+        assert f'need("{name}")' in tests[name.lower()], f"{name} is not asked for"
+    page = (CRATES / "uffd" / "tests" / "README.md").read_text()
+    others = set(tests) - {name.lower() for name in features}
+    assert others <= set(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)), others
+    for file, test in re.findall(r"`(\w+)::(\w+)`", page):
+        if file != "uffd":
+            assert re.search(rf"#\[test\]\n(?:#.*\n)*fn {test}\(", tests[file]), f"{file}::{test}"
+
+
 # Python
 
 

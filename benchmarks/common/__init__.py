@@ -1,4 +1,4 @@
-"""What the benchmarks share: programs compiled for them, and handlers that are started and ended."""
+"""What the benchmarks share: programs compiled for them, handlers started and ended."""
 
 from __future__ import annotations
 

@@ -7,6 +7,10 @@
  *            sigbus                            a signal handler of ours, by copying (HANDLER is ignored)
  *            socket                            whoever serves Firecracker's snapshots at SOCKET, from MEMORY
  *            anonymous, private                the kernel alone: a zero page; MEMORY, cached, mapped privately
+ *            second, folded                    the kernel alone: a private mapping, registered, of a file that
+ *                                              was filled as for "share"; and then put into huge pages, by
+ *                                              MADV_COLLAPSE. There, and with "private", all pages are touched
+ *                                              and not timed one by one
  *   HANDLER  where it is, and how it waits. Touching threads are pinned, the first to the first processor
  *            that we may use, the second to the second; but not with "free": that leaves everybody to the
  *            scheduler. A forked handler is one process for each thread, with a userfaultfd each.
@@ -48,10 +52,12 @@ static struct thread {
     pid_t handler;
     unsigned char *memory;
     uint64_t *took; /* nanoseconds of each touch */
+    uint64_t began, ended;
     size_t count;
 } threads[MOST_THREADS];
 
 static const char *path, *how;
+static int every; /* page is touched */
 static size_t run, stride, thread_count;
 static int by_random, file = -1;
 static unsigned char *content; /* what is copied: LONGEST bytes */
@@ -87,11 +93,17 @@ static void pin(int number) {
         fail("sched_setaffinity");
 }
 
+/* A mapping that begins where a huge page could. */
 static void *map(size_t length, int flags, int descriptor) {
-    void *at = mmap(NULL, length, PROT_READ | PROT_WRITE, flags | MAP_NORESERVE, descriptor, 0);
+    unsigned char *room = mmap(NULL, length + LONGEST, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (room == MAP_FAILED)
+        fail("mmap");
+    room += -(uintptr_t)room % LONGEST;
+    void *at = mmap(room, length, PROT_READ | PROT_WRITE, flags | MAP_NORESERVE | MAP_FIXED, descriptor, 0);
     if (at == MAP_FAILED)
         fail("mmap");
-    madvise(at, length, MADV_NOHUGEPAGE);
+    if (flags & MAP_ANONYMOUS)
+        madvise(at, length, MADV_NOHUGEPAGE);
     return at;
 }
 
@@ -113,6 +125,15 @@ static void copy(int uffd, uint64_t to) {
     struct uffdio_copy one = {.dst = to, .src = (uintptr_t)content, .len = run};
     if (ioctl(uffd, UFFDIO_COPY, &one))
         fail("UFFDIO_COPY");
+}
+
+/* Fills a file as pages are published to everybody who maps it: all at once, and never made of zeros by who
+ * fills it. Answers the descriptor for that, and where the file is mapped. */
+static int open_publisher(int memfd, size_t length, unsigned char **alias) {
+    int publisher = open_uffd(UFFD_FEATURE_SIGBUS, 0);
+    *alias = map(length, MAP_SHARED, memfd);
+    enroll(publisher, *alias, length, UFFDIO_REGISTER_MODE_MISSING);
+    return publisher;
 }
 
 /* The forked handler */
@@ -145,12 +166,8 @@ static void handle(const struct thread *one, int memfd, size_t length) {
         pin(one->number + (*how == 'o'));
     int publisher = -1, polls = !!strstr(how, "poll");
     unsigned char *alias = NULL;
-    if (is(path, "share")) {
-        /* Published at once for everybody, and never made of zeros by us; see the template's file. */
-        publisher = open_uffd(UFFD_FEATURE_SIGBUS, 0);
-        alias = map(length, MAP_SHARED, memfd);
-        enroll(publisher, alias, length, UFFDIO_REGISTER_MODE_MISSING);
-    }
+    if (is(path, "share"))
+        publisher = open_publisher(memfd, length, &alias);
     for (struct uffd_msg event;;) {
         struct pollfd ready = {one->uffd, POLLIN, 0};
         if (polls && poll(&ready, 1, -1) < 0)
@@ -162,41 +179,47 @@ static void handle(const struct thread *one, int memfd, size_t length) {
     }
 }
 
+static void fill(int memfd, size_t length) {
+    unsigned char *alias;
+    int publisher = open_publisher(memfd, length, &alias);
+    for (size_t i = 0; i < length / run; i++)
+        copy(publisher, (uintptr_t)alias + i * 389 % (length / run) * run);
+    for (size_t at = 0; is(path, "folded") && at < length; at += LONGEST)
+        if (madvise(alias + at, LONGEST, 25 /* MADV_COLLAPSE */))
+            fail("MADV_COLLAPSE");
+}
+
 static void prepare(struct thread *one, size_t length) {
     int memfd = -1, flags = MAP_PRIVATE | MAP_ANONYMOUS, mode = UFFDIO_REGISTER_MODE_MISSING;
-    if (is(path, "share") || is(path, "continue")) {
+    uint64_t features = 0;
+    if (is(path, "share") || is(path, "continue") || every) {
         memfd = memfd_create("fault", MFD_CLOEXEC);
-        if (memfd < 0 || ftruncate(memfd, length + LONGEST))
+        if (memfd < 0 || ftruncate(memfd, length))
             fail("memfd");
-        flags = is(path, "share") ? MAP_PRIVATE : MAP_SHARED;
+        flags = is(path, "continue") ? MAP_SHARED : MAP_PRIVATE;
     }
-    unsigned char *at = map(length + LONGEST, flags, memfd);
-    one->memory = at + -(uintptr_t)at % LONGEST;
+    one->memory = map(length, flags, memfd);
     if (is(path, "anonymous"))
         return;
+    if (every)
+        fill(memfd, length);
+    if (is(path, "sigbus"))
+        features = UFFD_FEATURE_SIGBUS;
     if (is(path, "continue")) {
-        mode = UFFDIO_REGISTER_MODE_MINOR;
-        off_t shift = one->memory - at;
+        features = UFFD_FEATURE_MINOR_SHMEM, mode = UFFDIO_REGISTER_MODE_MINOR;
         for (size_t i = 0; i < one->count; i++)
-            for (size_t part = 0; part < run; part += BLOCK)
-                if (pwrite(memfd, content, run < BLOCK ? run : BLOCK, shift + i * stride + part) <= 0)
-                    fail("memfd");
+            if (pwrite(memfd, content, run, i * stride) != (ssize_t)run)
+                fail("memfd");
     }
     int nonblocking = strstr(how, "poll") || strstr(how, "spin");
-    one->uffd = open_uffd(is(path, "sigbus") ? UFFD_FEATURE_SIGBUS
-                          : is(path, "continue") ? UFFD_FEATURE_MINOR_SHMEM : 0,
-                          nonblocking ? O_NONBLOCK : 0);
+    one->uffd = open_uffd(features, nonblocking ? O_NONBLOCK : 0);
     enroll(one->uffd, one->memory, length, mode);
-    if (is(path, "sigbus"))
+    if (is(path, "sigbus") || every)
         return;
-    pid_t parent = getpid();
     if ((one->handler = fork()) < 0)
         fail("fork");
-    if (!one->handler) {
-        one->memory = at; /* what the alias of a shared file begins with */
-        handle(one, memfd, length + LONGEST);
-    }
-    (void)parent;
+    if (!one->handler)
+        handle(one, memfd, length);
 }
 
 /* Our own signal handler */
@@ -256,15 +279,18 @@ static void *touch(void *argument) {
         uint32_t swap = order[i - 1];
         order[i - 1] = order[j], order[j] = swap;
     }
-    memset(one->took, 1, one->count * sizeof *one->took); /* its memory is there before */
+    memset(one->took, 0, one->count * sizeof *one->took); /* its memory is there before */
     pthread_barrier_wait(&start);
-    uint64_t before = now(CLOCK_MONOTONIC);
+    uint64_t before = one->began = now(CLOCK_MONOTONIC);
     for (size_t i = 0; i < one->count; i++) {
         (void)*(volatile unsigned char *)(one->memory + order[i] * stride);
+        if (every)
+            continue;
         uint64_t after = now(CLOCK_MONOTONIC);
         one->took[i] = after - before;
         before = after;
     }
+    one->ended = now(CLOCK_MONOTONIC);
     free(order);
     return NULL;
 }
@@ -280,7 +306,8 @@ int main(int argc, char **argv) {
     path = argv[1], how = argv[2], thread_count = atoi(argv[3]), run = strtoull(argv[4], NULL, 10);
     by_random = *argv[5] == 'r';
     size_t faults = strtoull(argv[6], NULL, 10), count = faults / thread_count;
-    stride = by_random && run < BLOCK ? BLOCK : run;
+    every = is(path, "private") || is(path, "second") || is(path, "folded");
+    stride = by_random && run < BLOCK && !every ? BLOCK : run;
     size_t length = count * stride;
     uint64_t *took = malloc(faults * sizeof *took);
     content = map(LONGEST, MAP_PRIVATE | MAP_ANONYMOUS, -1);
@@ -315,14 +342,15 @@ int main(int argc, char **argv) {
     pthread_barrier_init(&start, NULL, thread_count + 1);
     for (size_t i = 0; i < thread_count; i++)
         pthread_create(&threads[i].id, NULL, touch, &threads[i]);
-    uint64_t handled = 0;
+    uint64_t handled = 0, own = now(CLOCK_PROCESS_CPUTIME_ID), began = -1, ended = 0;
     for (size_t i = 0; i < handlers; i++)
         handled -= now(theirs[i]);
     pthread_barrier_wait(&start);
-    uint64_t own = now(CLOCK_PROCESS_CPUTIME_ID), began = now(CLOCK_MONOTONIC);
-    for (size_t i = 0; i < thread_count; i++)
+    for (size_t i = 0; i < thread_count; i++) {
         pthread_join(threads[i].id, NULL);
-    uint64_t ended = now(CLOCK_MONOTONIC);
+        began = threads[i].began < began ? threads[i].began : began;
+        ended = threads[i].ended > ended ? threads[i].ended : ended;
+    }
     own = now(CLOCK_PROCESS_CPUTIME_ID) - own;
     for (size_t i = 0; i < handlers; i++)
         handled += now(theirs[i]);

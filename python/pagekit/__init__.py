@@ -23,6 +23,7 @@ from . import errors
 if TYPE_CHECKING:
     from . import relay as relay
     from . import sandbox as sandbox
+    from . import uffd as uffd
     from .client import owner_environment, plain_environment, shim_path
     from .mapping import Map, map
     from .relay import Relay
@@ -48,6 +49,7 @@ __all__ = [
     "relay",
     "sandbox",
     "shim_path",
+    "uffd",
 ]
 
 # Resolved on first use, so that `import pagekit` is light and needs no compiled extension.
@@ -66,6 +68,7 @@ _LAZY = {
     "shim_path": "client",
     "relay": None,
     "sandbox": None,
+    "uffd": None,
 }
 
 

@@ -6,7 +6,14 @@
     ├─ UsageError(ValueError)          an impossible stack, a wrong option or argument
     ├─ KernelError(OSError)            the kernel refused or lacks something
     │  ├─ Unsupported                  this system or kernel cannot do it, whoever asks
-    │  └─ PermissionDenied             it could, but not for this user; the hint names the knob
+    │  ├─ PermissionDenied             it could, but not for this user; the hint names the knob
+    │  └─ Ioctl                        an operation on a userfaultfd failed: .errno .range .done
+    ├─ TargetError(OSError)            the target is why it failed; the same attributes
+    │  ├─ Gone                         the target has ended, or runs another program
+    │  ├─ LayoutChanged                its memory is changing: read events, and try again
+    │  ├─ NotCovered                   not all of the range is registered for that
+    │  └─ Exists                       there is a page already; its waiters were not woken
+    ├─ HandlerError                    the process that handled faults raised or died
     ├─ SourceError(OSError)            the place the pages come from failed
     │  ├─ Missing                      there is nothing at that place
     │  ├─ Unavailable                  it exists, but could not be read now
@@ -68,6 +75,80 @@ class PermissionDenied(KernelError):
     """It could be done, but not by this user; the hint names the knob."""
 
     exit_code = 4
+
+
+class Ioctl(KernelError):
+    """An operation on a userfaultfd, or on what the kernel says about pages, failed.
+
+    ``errno`` says why, ``range`` is what it was asked for, as (address, bytes), and ``done`` how
+    many bytes of it were done before.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        hint: str | None = None,
+        errno: int = 0,
+        range: tuple[int, int] = (0, 0),
+        done: int = 0,
+    ) -> None:
+        super().__init__(message, hint=hint)
+        self.errno = errno
+        self.range = range
+        self.done = done
+
+
+class TargetError(PagekitError, OSError):
+    """An operation failed for what the target is, or does; attributes are those of Ioctl."""
+
+    exit_code = 10
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        hint: str | None = None,
+        errno: int = 0,
+        range: tuple[int, int] = (0, 0),
+        done: int = 0,
+    ) -> None:
+        super().__init__(message, hint=hint)
+        self.errno = errno
+        self.range = range
+        self.done = done
+
+
+class Gone(TargetError):
+    """The target has ended, or runs another program: its memory is no more."""
+
+
+class LayoutChanged(TargetError):
+    """The target's memory is changing: an event is unread, or its cause has not run since."""
+
+    retryable = True
+
+
+class NotCovered(TargetError):
+    """Not all of the range is registered for that, or it lies in more than one mapping."""
+
+
+class Exists(TargetError):
+    """There is a page already. Threads that wait for it were not woken."""
+
+
+class HandlerError(PagekitError):
+    """The process that handled page faults raised, died, or ended too early.
+
+    ``traceback`` is what Python printed about it there, if it raised; ``__cause__`` is what it
+    raised, where that could be handed over.
+    """
+
+    exit_code = 11
+
+    def __init__(self, message: str, *, hint: str | None = None, traceback: str = "") -> None:
+        super().__init__(message, hint=hint)
+        self.traceback = traceback
 
 
 class SourceError(PagekitError, OSError):

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from ._native import core
 from .client import shim_path
@@ -68,6 +68,9 @@ class Server:
             answer for parts of the memory. Not a way in by itself.
         backend: how programs with the shim get the memory: ``share``, ``copy``, ``plain``, or
             ``auto``, which takes the best that works here (see :attr:`backend`, :attr:`reason`).
+        broadcast: what is put into all that have copies (``copy``, Firecrackers) as soon as one of
+            them demands it: nothing (``off``), pages of the working set that is replayed, or
+            ``all``. Saves the others the faults, and costs them the memory if they never come.
         owner: user id, or (user id, group id), to give sockets and file to: the one that the
             programs run as, where that is another one.
         mode: permissions of the sockets.
@@ -90,6 +93,7 @@ class Server:
         mount: str | os.PathLike[str] | Mount | None = None,
         relay: str | os.PathLike[str] | None = None,
         backend: str = "auto",
+        broadcast: Literal["off", "working-set", "all"] = "off",
         owner: int | tuple[int, int] | None = None,
         mode: int = 0o600,
         allow: Sequence[int] = (),
@@ -110,6 +114,7 @@ class Server:
             "mode": mode,
             "allow": list(allow),
             "relay": self.relay,
+            "broadcast": broadcast,
             "mount": mount and {**vars(mount), "directory": Path(mount.directory)},
         }
         self._core = core().Server(template._core, ways)
@@ -157,6 +162,12 @@ class Server:
         """
         statistics: dict[str, Any] = json.loads(self._core.statistics())
         return statistics
+
+    def regions(self, target: int) -> list[tuple[int, int, int | None]] | None:
+        """What belongs where in a living target, by its ``id`` in the statistics: address, bytes,
+        and the first page of the template, or None for zeros; None if there is no such target. It is
+        what the target's events told so far, for looking into what went wrong."""
+        return self._core.regions(target)
 
     def close(self) -> None:
         """Ends the programs that are still attached, and the threads. Closing twice is fine."""

@@ -14,7 +14,7 @@ use pagekit::delivery::Delivery;
 use pagekit::error::Error;
 use pagekit::process::Ours;
 use pagekit::template::replay;
-use pagekit::{server, template, working_set};
+use pagekit::{engine, server, template, working_set};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
@@ -298,6 +298,7 @@ struct Ways {
     allow: Vec<u32>,
     mount: Option<MountPoint>,
     relay: Option<PathBuf>,
+    broadcast: String,
 }
 
 /// A dictionary of what [`server::mount::Options`] has.
@@ -336,7 +337,9 @@ impl Server {
     #[new]
     fn new(py: Python<'_>, template: &Template, ways: Ways) -> PyResult<Server> {
         let template = template.get()?;
-        let Ways { socket, firecracker, backend, owner, mode, allow, mount, relay } = ways;
+        let Ways { socket, firecracker, backend, owner, mode, allow, mount, relay, broadcast } =
+            ways;
+        let broadcast = broadcast.parse().map_err(|error| raised(py, &error))?;
         let mount = mount.map(|mount| mount.options(owner)).transpose();
         let mount = mount.map_err(|error| raised(py, &error))?;
         let address = |path| server::Address { path, owner, mode, allow: allow.clone() };
@@ -346,6 +349,7 @@ impl Server {
             mount,
             relay: relay.map(address),
             backend,
+            broadcast,
         };
         let server = py
             .detach(|| server::Server::start(template, delivery(), ways))
@@ -366,6 +370,11 @@ impl Server {
 
     fn statistics(&self) -> PyResult<String> {
         Ok(serde_json::to_string(&self.get()?.statistics()).unwrap_or_default())
+    }
+
+    fn regions(&self, py: Python<'_>, target: u64) -> PyResult<Option<Vec<engine::Piece>>> {
+        let server = self.get()?;
+        Ok(py.detach(|| server.engine().regions(target)))
     }
 
     fn wait_idle(&self, py: Python<'_>, seconds: f64) -> PyResult<bool> {

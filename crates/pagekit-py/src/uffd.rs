@@ -1,8 +1,8 @@
 //! What `pagekit.uffd` needs of the crate `uffd`. Refusals of the kernel go up as errno; the typed errors
 //! are made in Python.
 //!
-//! Every call that enters the kernel gives up the GIL, and says so to [`uffd::stall`] while it waits to
-//! get it back: the thread that has it may wait in a page fault that only we can end.
+//! Every call that enters the kernel gives up the GIL. What handlers call says so to [`uffd::stall`]
+//! while it waits to get it back: the thread that has it may wait in a page fault that only we can end.
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use pyo3::buffer::PyUntypedBuffer;
-use pyo3::exceptions::{PyBufferError, PyValueError};
+use pyo3::exceptions::{PyBufferError, PyOSError, PyValueError};
 use pyo3::prelude::*;
 use rustix::event::{eventfd, poll, EventfdFlags, PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
@@ -76,7 +76,18 @@ fn address_of(buffer: &Bound<'_, PyAny>) -> PyResult<(usize, usize, bool)> {
     Ok((buffer.buf_ptr() as usize, buffer.len_bytes(), buffer.readonly()))
 }
 
-/// Gives up the GIL for `work`.
+/// As `OSError` with its errno, by which the class is chosen (PyO3 keeps the words alone).
+fn refusal(error: impl Into<io::Error>) -> PyErr {
+    let error = error.into();
+    let words = error.to_string();
+    let words = words.split(" (os error").next().unwrap_or_default().to_owned();
+    match error.raw_os_error() {
+        Some(errno) => PyOSError::new_err((errno, words)),
+        None => PyOSError::new_err(words),
+    }
+}
+
+/// Gives up the GIL for `work`, which a handler does.
 fn detached<T: Send>(py: Python<'_>, work: impl FnOnce() -> T + Send) -> T {
     let (outcome, waiting) = py.detach(|| {
         let outcome = work();
@@ -132,7 +143,7 @@ impl Userfaultfd {
         work: impl FnOnce(&uffd::Userfaultfd) -> io::Result<()> + Send,
     ) -> PyResult<()> {
         let open = self.get()?;
-        Ok(detached(py, move || work(&open.uffd))?)
+        detached(py, move || work(&open.uffd)).map_err(refusal)
     }
 }
 
@@ -218,37 +229,42 @@ impl Userfaultfd {
                 // is none the kernel answers EBADF.
                 Opening::Device(unsafe { BorrowedFd::borrow_raw(device) })
             }
-            Some(_) => return Err(io::Error::from(Errno::BADF).into()),
+            Some(_) => return Err(refusal(Errno::BADF)),
             None => Opening::SystemCall(access),
         };
-        Ok(Userfaultfd::new(detached(py, || uffd::Userfaultfd::open(opening))?)?)
+        let opened = py.detach(|| uffd::Userfaultfd::open(opening)).map_err(refusal)?;
+        Userfaultfd::new(opened).map_err(refusal)
     }
 
     /// Takes over a descriptor that is a userfaultfd; leaves others alone.
     #[staticmethod]
     fn adopt(descriptor: RawFd) -> PyResult<Userfaultfd> {
         if descriptor < 0 {
-            return Err(io::Error::from(Errno::BADF).into());
+            return Err(refusal(Errno::BADF));
         }
         // SAFETY: no -1, and only looked at while the caller has it.
         let borrowed = unsafe { BorrowedFd::borrow_raw(descriptor) };
-        uffd::negotiated(borrowed)?;
-        let flags = rustix::fs::fcntl_getfl(borrowed).map_err(io::Error::from)?;
+        if uffd::negotiated(borrowed).map_err(refusal)?.is_none() {
+            return Err(PyOSError::new_err("it is not negotiated"));
+        }
+        let flags = rustix::fs::fcntl_getfl(borrowed).map_err(refusal)?;
         rustix::fs::fcntl_setfl(borrowed, flags | rustix::fs::OFlags::NONBLOCK)
             .and_then(|()| rustix::io::fcntl_setfd(borrowed, rustix::io::FdFlags::CLOEXEC))
-            .map_err(io::Error::from)?;
+            .map_err(refusal)?;
         // SAFETY: the caller gives it to us, and it is a descriptor.
         let owned = unsafe { OwnedFd::from_raw_fd(descriptor) };
-        Ok(Userfaultfd::new(owned.into())?)
+        Userfaultfd::new(owned.into()).map_err(refusal)
     }
 
     fn handshake(&self, py: Python<'_>, features: u64) -> PyResult<()> {
-        self.change(py, move |uffd| uffd.handshake(Features(features)))
+        let open = self.get()?;
+        py.detach(|| open.uffd.handshake(Features(features))).map_err(refusal)
     }
 
     /// Names of what it was negotiated with; none: not yet.
     fn negotiated(&self) -> PyResult<Option<Vec<String>>> {
-        Ok(uffd::negotiated(&self.get()?.uffd)?.map(Features::names))
+        let features = uffd::negotiated(&self.get()?.uffd).map_err(refusal)?;
+        Ok(features.map(Features::names))
     }
 
     fn fileno(&self) -> PyResult<RawFd> {
@@ -258,20 +274,21 @@ impl Userfaultfd {
 
     fn register(&self, py: Python<'_>, start: u64, len: u64, mode: u64) -> PyResult<Vec<String>> {
         let open = self.get()?;
-        let operations = detached(py, || {
+        let operations = py.detach(|| {
             let operations = open.uffd.register(start, len, RegisterMode(mode))?;
             open.cover(start, len, true);
             io::Result::Ok(operations)
         });
-        Ok(operations?.names())
+        operations.map(uffd::Operations::names).map_err(refusal)
     }
 
     fn unregister(&self, py: Python<'_>, start: u64, len: u64) -> PyResult<()> {
         let open = self.get()?;
-        Ok(detached(py, || {
+        let work = || {
             open.cover(start, len, false);
             open.uffd.unregister(start, len)
-        })?)
+        };
+        py.detach(work).map_err(refusal)
     }
 
     fn copy(
@@ -360,7 +377,7 @@ impl Userfaultfd {
         };
         let open = self.get()?;
         loop {
-            match detached(py, || open.read(until, most))? {
+            match detached(py, || open.read(until, most)).map_err(refusal)? {
                 Outcome::Events(events) => return Ok(Some(events)),
                 Outcome::Late => return Ok(Some(Vec::new())),
                 Outcome::Closed => return Ok(None),
@@ -369,13 +386,19 @@ impl Userfaultfd {
         }
     }
 
+    /// Ends the wait of those who read, for good, and nothing else.
+    fn finish(&self) -> PyResult<()> {
+        rustix::io::write(&self.get()?.closed, &1_u64.to_ne_bytes()).map_err(refusal)?;
+        Ok(())
+    }
+
     /// Ends the wait of those who read. Calls that are under way are finished first, each by whoever
     /// makes it.
     fn close(&self, py: Python<'_>) {
         let open = self.0.lock().unwrap_or_else(PoisonError::into_inner).take();
         if let Some(open) = open {
             let _ = rustix::io::write(&open.closed, &1_u64.to_ne_bytes());
-            detached(py, || drop(open));
+            py.detach(|| drop(open));
         }
     }
 }
@@ -390,13 +413,16 @@ impl HandlersHeir {
     #[new]
     fn new(uffd: &Userfaultfd, process: RawFd) -> PyResult<HandlersHeir> {
         if process < 0 {
-            return Err(io::Error::from(Errno::BADF).into());
+            return Err(refusal(Errno::BADF));
         }
         let open = uffd.get()?;
         // SAFETY: no -1; the caller keeps it open meanwhile.
-        let process = unsafe { BorrowedFd::borrow_raw(process) }.try_clone_to_owned()?;
-        let (closed, ranges) = (open.closed.try_clone()?, Arc::clone(&open.ranges));
-        Ok(HandlersHeir(Heir::start(&open.uffd, process, closed, ranges)?))
+        let process = unsafe { BorrowedFd::borrow_raw(process) };
+        let start = || {
+            let (process, closed) = (process.try_clone_to_owned()?, open.closed.try_clone()?);
+            Heir::start(&open.uffd, process, closed, Arc::clone(&open.ranges))
+        };
+        start().map(HandlersHeir).map_err(refusal)
     }
 
     fn retire(&self) {
@@ -416,7 +442,7 @@ fn pagemap_entries(
     pages: usize,
     pid: Option<u32>,
 ) -> PyResult<Vec<u64>> {
-    let entries = detached(py, || pagemap(pid)?.entries(start, pages))?;
+    let entries = py.detach(|| pagemap(pid)?.entries(start, pages)).map_err(refusal)?;
     Ok(entries.into_iter().map(|entry| entry.0).collect())
 }
 
@@ -452,6 +478,6 @@ fn pagemap_scan(
         only_tracked: wanted.only_tracked,
         most_pages: wanted.most_pages,
     };
-    let regions = detached(py, || pagemap(pid)?.scan(start, end, &scan))?;
+    let regions = py.detach(|| pagemap(pid)?.scan(start, end, &scan)).map_err(refusal)?;
     Ok(regions.into_iter().map(|region| (region.start, region.end, region.categories)).collect())
 }

@@ -10,6 +10,7 @@ use crate::client::mount::Mount;
 use crate::client::shim::{plan, Listener, Plan};
 use crate::delivery::Delivery;
 pub use crate::door::Address;
+pub use crate::engine::broadcast::Policy;
 use crate::engine::{self, Engine, Target};
 use crate::error::{Error, Result};
 use crate::page::Run;
@@ -31,6 +32,8 @@ pub struct Ways {
     /// How programs with the shim get the memory: `auto`, `share`, `copy` or `plain`; empty is
     /// `auto`.
     pub backend: String,
+    /// What is put into all that get copies when one of them demands it.
+    pub broadcast: Policy,
 }
 
 impl Ways {
@@ -110,6 +113,7 @@ impl Server {
             return Err(Error::usage("there is no way in", "give a socket or a mount point"));
         }
         let engine = Arc::new(Engine::start()?);
+        engine.broadcast(ways.broadcast);
         let (filler, filled) = (Arc::downgrade(&engine), Arc::downgrade(&template));
         engine.on_target(move |target| {
             if let (true, Some(template)) = (target.can_be_filled(), filled.upgrade()) {

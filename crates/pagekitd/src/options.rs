@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use lexopt::prelude::*;
 use pagekit::error::{Error, Result};
-use pagekit::server::{mount, Address, Ways};
+use pagekit::server::{mount, Address, Policy, Ways};
 use pagekit::stack;
 use pagekit::template::replay;
 use pagekit::working_set::Until;
@@ -48,6 +48,8 @@ Working sets, so that pages are there before they are asked for:
   --working-set FILE  fetch the critical pages of FILE ahead
   --rest            and the others, into the template only
   --rate RATE       so many bytes a second at most: 100MB/s
+  --broadcast WHAT  put a page that one demanded into its siblings, too, where each has copies: off
+                    (default), working-set (pages of FILE, critical or not), all
 
 Options:
   --layer LAYER     wrap the source, outermost first: pass, stats, delay=2ms, fail=3 (repeatable)
@@ -95,6 +97,7 @@ pub struct Options {
     pub working_set: Option<PathBuf>,
     pub replay: replay::Options,
     pub backend: String,
+    pub broadcast: Policy,
     pub deadline: Duration,
     pub json: bool,
     pub shim: Option<PathBuf>,
@@ -120,6 +123,7 @@ impl Options {
             }),
             relay: self.relay.as_ref().map(address),
             backend: self.backend.clone(),
+            broadcast: self.broadcast,
         }
     }
 }
@@ -150,6 +154,7 @@ fn parse(mut parser: lexopt::Parser) -> Result<Asked, String> {
         working_set: None,
         replay: replay::Options::default(),
         backend: "auto".to_owned(),
+        broadcast: Policy::Off,
         deadline: Duration::from_secs(5),
         json: false,
         shim: None,
@@ -213,6 +218,10 @@ fn parse(mut parser: lexopt::Parser) -> Result<Asked, String> {
             }
             Long("layer") => options.layers.push(string(&mut parser)?),
             Long("backend") => options.backend = string(&mut parser)?,
+            Long("broadcast") => {
+                let value = string(&mut parser)?;
+                options.broadcast = value.parse().map_err(|error: Error| error.to_string())?;
+            }
             Long("json") => options.json = true,
             Long("shim") => options.shim = Some(parser.value().map_err(text)?.into()),
             Long("deadline") => {

@@ -44,8 +44,8 @@ bits! {
     /// | memory | MISSING | WP | MINOR |
     /// |---|---|---|---|
     /// | anonymous | 4.3 | 5.7 | |
-    /// | shmem, memfd, tmpfs; shared or private | 4.11 | 5.19 | 5.14, shared only |
-    /// | hugetlbfs; shared or private | 4.11 | 5.19 | 5.13, shared only |
+    /// | shmem, memfd, tmpfs; shared or private | 4.11 | 5.19 | 5.14 |
+    /// | hugetlbfs; shared or private | 4.11 | 5.19 | 5.13 |
     /// | any other, with WP_ASYNC alone | | 6.7 | |
     RegisterMode {
         /// Pages that are not there.
@@ -60,7 +60,8 @@ bits! {
 }
 
 bits! {
-    /// Which operations work on a registered range.
+    /// Which operations work on a registered range, as the kernel says: it does not look whether the memory
+    /// is of the kind they are for, but for CONTINUE and on hugetlbfs. MOVE is named for shared memory too.
     Operations {
         /// [`Userfaultfd::wake`]
         WAKE = 2;
@@ -175,11 +176,12 @@ impl Userfaultfd {
     }
 
     /// Registers `len` bytes at `start` of the target, both multiples of the page size, and says which
-    /// operations work on them.
+    /// operations work on them. The range may be several mappings, and holes between them are passed over;
+    /// but no later operation fills across a border.
     ///
     /// # Errors
-    /// EINVAL (unaligned, unmapped, no mode, or memory of a kind that has not got it), EBUSY (another
-    /// userfaultfd owns it), EPERM (a shared mapping of a file that may not be written), ENOMEM (the
+    /// Nothing is registered then. EINVAL (unaligned, nothing mapped at all, no mode, or memory of a kind
+    /// that has not got it), EBUSY (another userfaultfd owns some of it), EPERM (a shared mapping of a file that may not be written), ENOMEM (the
     /// target is gone).
     pub fn register(&self, start: u64, len: u64, mode: RegisterMode) -> io::Result<Operations> {
         let range = abi::Range { start, len };

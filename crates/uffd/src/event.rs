@@ -3,7 +3,10 @@
 //! Some facts about the kernel:
 //! - One `read` hands out page faults first, then the other events, each in their order: a fault may be
 //!   the consequence of a removal that comes behind it, or in the next read.
-//! - Whoever caused an event (fork, mremap, madvise, munmap) waits until it is read.
+//! - Whoever caused an event (fork, mremap, madvise, munmap) waits until it is read: a process that
+//!   unmaps memory which it serves itself, by the thread that would read, hangs.
+//! - No event tells of what happens to a file instead of to memory (a hole punched, an end cut off), nor of
+//!   reclaim, exec, exit, or of starting a program by vfork.
 //! - A FORK brings a descriptor, installed in the table of the process that reads.
 //! - `poll` on a descriptor without `O_NONBLOCK` reports POLLERR.
 
@@ -33,7 +36,9 @@ pub enum Event {
     /// The target forked; this is the child's userfaultfd, registered and negotiated as the
     /// parent's was.
     Fork(Userfaultfd),
-    /// `mremap` moved `len` bytes; the new range is registered.
+    /// `mremap` moved `len` bytes; the new range is registered, also where it is longer now. The old one
+    /// stays registered, and empty, if the call left it mapped (MREMAP_DONTUNMAP); else EVENT_UNMAP, if
+    /// negotiated, tells that it is gone.
     Remap {
         /// Old start.
         from: u64,
@@ -42,14 +47,18 @@ pub enum Event {
         /// Old length.
         len: u64,
     },
-    /// Pages of the range are about to be dropped; they read zero from then on.
+    /// Pages of the range are about to be dropped. What they had is gone: zeros from then on, not what
+    /// they were filled with. But a shared mapping whose file keeps its pages (MADV_DONTNEED, where
+    /// MADV_REMOVE would drop them) shows those again, without a fault.
     Remove {
         /// First address.
         start: u64,
         /// End, exclusive.
         end: u64,
     },
-    /// The range is no longer mapped.
+    /// The range is no longer mapped. It is the range of the call that did it, one event however much of
+    /// it was registered: it may begin before and end behind the registered memory, with other memory and
+    /// holes between.
     Unmap {
         /// First address.
         start: u64,

@@ -6,7 +6,7 @@
 //! - `PAGEMAP_SCAN` (6.7) finds pages by what is true of them, and can write-protect those in the same
 //!   pass: with WP_ASYNC that is the whole of dirty tracking, as no write is lost between the two.
 //! - A page counts as *written* unless it is write-protected: so memory that was never protected is
-//!   written, all of it.
+//!   written, all of it, empty pages included. Empty pages of hugetlbfs are not.
 //! - It stops early where its result has no room, and says where: [`Pagemap::scan`] goes on from there.
 //! - EPERM: the caller insisted on WP_ASYNC ([`Scan::only_tracked`]) and met memory without it. The
 //!   manual page does not say so.
@@ -57,11 +57,13 @@ pub struct Scan {
     pub inverted: Categories,
     /// What is reported of a page; nothing: all that there is.
     pub reported: Categories,
-    /// Whether the pages found are write-protected, in the same pass. They must be WPALLOWED.
+    /// Whether the pages found are write-protected, in the same pass. Only what is WPALLOWED is found
+    /// then.
     pub protect: bool,
-    /// Whether memory that is not WPALLOWED is an error (EPERM) instead of being passed over.
+    /// Whether memory that is not WPALLOWED is an error (EPERM), instead of being found without
+    /// `protect` and passed over with it.
     pub only_tracked: bool,
-    /// How many pages are found at most; 0: all.
+    /// How many pages are found at most, counted in 4096 bytes also where they are larger; 0: all.
     pub most_pages: u64,
 }
 
@@ -166,8 +168,9 @@ impl Pagemap {
     /// side with the same categories as one region, rising (Linux ≥ 6.7).
     ///
     /// # Errors
-    /// ENOTTY (this kernel cannot), EINVAL (not aligned, or a category that this kernel does not know),
-    /// EPERM ([`Scan::only_tracked`]), ENOMEM. What was write-protected until then stays so.
+    /// ENOTTY (this kernel cannot), EINVAL (`start` is not aligned, or a category that this kernel does
+    /// not know), EFAULT (`end` lies before `start`), EPERM ([`Scan::only_tracked`]), ENOMEM, ESRCH (the
+    /// process is gone). What was write-protected until then stays so.
     pub fn scan(&self, start: u64, end: u64, scan: &Scan) -> io::Result<Vec<PageRegion>> {
         let reported = match scan.reported {
             // All that every kernel with this call knows.

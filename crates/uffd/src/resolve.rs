@@ -107,7 +107,8 @@ impl Userfaultfd {
         self.fill(abi::UFFDIO_ZEROPAGE, start, len, how.mode(&[(How::DONT_WAKE, 1)]))
     }
 
-    /// Maps pages that are in the page cache of a shared mapping already, and wakes.
+    /// Maps pages that the page cache of the mapped file has already, and wakes. Registration with MINOR is
+    /// not asked for, any will do. Not on anonymous memory (EINVAL).
     pub fn continue_(&self, start: u64, len: u64) -> Progress {
         self.continue_with(start, len, How::NONE)
     }
@@ -118,7 +119,13 @@ impl Userfaultfd {
         self.fill(abi::UFFDIO_CONTINUE, start, len, mode)
     }
 
-    /// Makes a range raise SIGBUS when touched, and wakes (Linux ≥ 6.6, else ENOTTY or EINVAL).
+    /// Makes the missing pages of a range raise SIGBUS when touched, and wakes (Linux ≥ 6.6, else
+    /// EINVAL). The kernel's own accesses fail with EFAULT.
+    ///
+    /// The signal's code is BUS_MCEERR_AR with the size of the page where the kernel was built with
+    /// CONFIG_MEMORY_FAILURE, else BUS_ADRERR. Poison is in the page table: it outlives the registration, a
+    /// copy mends it, MADV_DONTNEED ends it, other mappings of the file do not see it. A forked child
+    /// inherits it in private memory; in shared memory it finds what the file has, which may be zeros.
     pub fn poison(&self, start: u64, len: u64) -> Progress {
         self.poison_with(start, len, How::NONE)
     }
@@ -149,7 +156,8 @@ impl Userfaultfd {
     }
 
     /// Write-protects the pages of a range that is registered with WP. Pages that are not there are
-    /// passed over in anonymous memory, unless WP_UNPOPULATED was negotiated.
+    /// passed over in anonymous memory, unless WP_UNPOPULATED was negotiated; there MADV_DONTNEED takes the
+    /// protection along with the page. In memory of files it stays.
     ///
     /// # Errors
     /// ENOENT (not all of it is registered with WP), EINVAL (unaligned), EAGAIN (an event is pending),

@@ -1,11 +1,10 @@
-//! Negotiating, registering, and the names of features.
+//! Negotiating, and the names of features.
 
 mod common;
 
 use common::*;
 use rustix::event::{poll, PollFd, PollFlags};
-use rustix::mm::{MapFlags, ProtFlags};
-use uffd::{Errno, Features, MessageBuffer, RegisterMode};
+use uffd::{Access, Errno, Features, MessageBuffer, Opening, RegisterMode, Userfaultfd};
 
 #[test]
 fn an_unknown_bit_is_refused_and_leaves_the_descriptor_usable() {
@@ -70,68 +69,6 @@ fn an_empty_queue_gives_no_event_and_a_buffer_without_room_an_error() {
 }
 
 #[test]
-fn what_cannot_be_registered() {
-    let uffd = negotiated(Features::NONE);
-    let memory = Mapping::anonymous(4);
-    let refused = |start, len| uffd.register(start, len, RegisterMode::MISSING);
-    assert_errno(refused(memory.start + 1, PAGE as u64), Errno::INVAL);
-    assert_errno(refused(memory.start, 100), Errno::INVAL);
-    assert_errno(refused(memory.start, 0), Errno::INVAL);
-    assert_errno(refused(u64::MAX - 4095, PAGE as u64), Errno::INVAL);
-    assert_errno(refused(0x1000_0000_0000_0000, PAGE as u64), Errno::INVAL);
-    let unmapped = Mapping::anonymous(1).start;
-    assert_errno(refused(unmapped, PAGE as u64), Errno::INVAL);
-    // A private mapping of a file of a real file system: this very program.
-    let program = std::fs::File::open("/proc/self/exe").unwrap();
-    let program = Mapping::of(&program, 1, ProtFlags::READ, MapFlags::PRIVATE);
-    assert_errno(refused(program.start, PAGE as u64), Errno::INVAL);
-    // A shared mapping that can never be made writable.
-    let file = memory_file(1);
-    let path = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&file));
-    let readable = std::fs::File::open(path).unwrap();
-    let readable = Mapping::of(&readable, 1, ProtFlags::READ, MapFlags::SHARED);
-    assert_errno(refused(readable.start, PAGE as u64), Errno::PERM);
-}
-
-#[test]
-fn what_can_be_registered() {
-    let uffd = negotiated(Features::NONE);
-    let readable = Mapping::anonymous_with(1, ProtFlags::READ);
-    uffd.register(readable.start, PAGE as u64, RegisterMode::MISSING).unwrap();
-    let file = memory_file(1);
-    for flags in [MapFlags::PRIVATE, MapFlags::SHARED] {
-        let memory = Mapping::of(&file, 1, ProtFlags::READ | ProtFlags::WRITE, flags);
-        uffd.register(memory.start, PAGE as u64, RegisterMode::MISSING).unwrap();
-        // Again is no error.
-        uffd.register(memory.start, PAGE as u64, RegisterMode::MISSING).unwrap();
-    }
-}
-
-#[test]
-fn a_range_has_one_owner_until_it_is_unregistered() {
-    let (first, second) = (negotiated(Features::NONE), negotiated(Features::NONE));
-    let memory = Mapping::anonymous(2);
-    let (start, len) = (memory.start, memory.bytes());
-    first.register(start, len, RegisterMode::MISSING).unwrap();
-    assert_errno(second.register(start, len, RegisterMode::MISSING), Errno::BUSY);
-    first.unregister(start, len).unwrap();
-    first.unregister(start, len).unwrap();
-    second.register(start, len, RegisterMode::MISSING).unwrap();
-    assert_errno(first.unregister(start + 1, len), Errno::INVAL);
-    assert_errno(first.unregister(start, 0), Errno::INVAL);
-}
-
-#[test]
-fn unregistering_wakes_who_waits_and_the_memory_is_plain_again() {
-    let target = Registered::anonymous(2, Features::NONE);
-    let thread = toucher(target.memory.at(1));
-    assert_eq!(target.next_fault(), target.memory.at(1));
-    target.uffd.unregister(target.memory.start, target.memory.bytes()).unwrap();
-    assert_eq!(thread.join().unwrap(), 0);
-    assert_eq!(target.memory.touch(0), 0);
-}
-
-#[test]
 fn features_have_names_and_unknown_ones_are_kept() {
     let features = Features::EVENT_FORK | Features::MOVE | Features(1 << 40);
     assert_eq!(features.names(), ["EVENT_FORK", "MOVE", "bit 40"]);
@@ -142,4 +79,13 @@ fn features_have_names_and_unknown_ones_are_kept() {
     assert_eq!((features & Features(1 << 40)).names(), ["bit 40"]);
     assert!(Features::NONE.names().is_empty());
     assert_eq!(Features(u64::MAX).names().len(), 64);
+}
+
+#[test]
+fn probing_tells_the_features_and_leaves_nothing_behind() {
+    let features = Userfaultfd::probe(Opening::SystemCall(Access::Full)).unwrap();
+    // Since 4.14 at the latest.
+    assert!(features.contains(EVENTS | Features::SIGBUS | Features::MISSING_SHMEM));
+    let uffd = open();
+    uffd.handshake(features.without(Features::SIGBUS)).unwrap();
 }

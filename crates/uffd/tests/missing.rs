@@ -53,3 +53,22 @@ fn closing_wakes_all_and_what_is_missing_reads_as_zeros() {
     threads.into_iter().for_each(|thread| assert_eq!(thread.join().unwrap(), 0));
     memory.assert_content(0, 1);
 }
+
+/// The kernel may gather small pages into a huge one, but not over pages that are missing.
+#[test]
+fn collapsing_leaves_missing_pages_missing() {
+    let target = Registered::over(Mapping::transparent(1), Features::NONE);
+    let (uffd, memory) = (&target.uffd, &target.memory);
+    assert_done(uffd.copy(memory.start, &page(6).repeat(511)), 511 * PAGE);
+    assert!(collapse(memory).is_err(), "one is missing");
+    let thread = toucher(memory.at(511));
+    target.assert_fault(memory.at(511), Cause::Missing);
+    assert_done(uffd.copy(memory.at(511), &page(7)), PAGE);
+    assert_eq!(thread.join().unwrap(), 7);
+    // Now there is nothing to hide.
+    if let Err(error) = collapse(memory) {
+        println!("not collapsed: {error}");
+    }
+    assert_eq!((memory.touch(0), memory.touch(510), memory.touch(511)), (6, 6, 7));
+    target.assert_silent();
+}

@@ -30,6 +30,7 @@ def command(spec: str, directory: str, name: str | None, mode: str | None, **opt
     \b
     Examples:
       pagekit mount file:memory /run/pk
+      pagekit mount python:tiles:render:1G /run/pk
       pagekit mount file:memory /run/pk --layer delay=2ms,1GB/s,16 --working-set memory.pkws
       qemu-system-x86_64 … -object memory-backend-file,mem-path=/run/pk/memory,share=off,…
     """

@@ -41,7 +41,6 @@ _SHARED = [
         metavar="SIZE",
         help="What the kernel reads around a page of a mounted file.  [default: 128K]",
     ),
-    click.option("--relay", metavar="PATH", help="Where second handlers connect (pagekit.Relay)."),
     click.option("--json", is_flag=True, help="One JSON object when ready, one at the end."),
 ]
 

@@ -23,6 +23,12 @@ from .program import become_server, shared_options
     type=click.Choice(["auto", "share", "copy", "plain"]),
     help="How programs with the shim get the memory.  [default: auto]",
 )
+@click.option(
+    "--broadcast",
+    type=click.Choice(["off", "working-set", "all"]),
+    help="Put what one demanded into its siblings that have copies.  [default: off]",
+)
+@click.option("--relay", metavar="PATH", help="Where second handlers connect (pagekit.Relay).")
 @click.option("--mode", metavar="OCTAL", help="Mode of the sockets.  [default: 600]")
 @click.option("--allow", metavar="UID", multiple=True, help="Let in only these users.")
 @shared_options

@@ -40,6 +40,9 @@ const MESSAGES: usize = 64;
 /// Polling after a fault lasts between these; each miss halves the time, each hit doubles it.
 const SHORTEST_POLL: Duration = Duration::from_micros(10);
 const LONGEST_POLL: Duration = Duration::from_micros(200);
+/// A thread that offers its processor while it polls, and gets it back later than after a poll, has lost
+/// it to others: who sleeps is preferred to who polls then. So long no polling.
+const CROWDED: Duration = Duration::from_millis(5);
 /// While polling for one target, see so often whether others wait.
 const LOOK_AROUND: Duration = Duration::from_micros(500);
 /// Exit and exec of a process without pidfd announce nothing: ask so often.
@@ -55,6 +58,7 @@ pub(super) fn run(shared: &Arc<Shared>) {
         one: MessageBuffer::new(1),
         faults: Vec::with_capacity(MESSAGES),
         poll: SHORTEST_POLL,
+        crowded: Instant::now(),
         neighbour: Neighbour::new(Arc::clone(&shared.placement)),
         next_life_sign: after(LIFE_SIGN),
         starved: false,
@@ -85,6 +89,8 @@ struct Loop<'a> {
     /// Faults just read, and whether each is a write to a protected page; empty in between.
     faults: Vec<(u64, bool)>,
     poll: Duration,
+    /// No polling before this moment: others need the processor.
+    crowded: Instant,
     neighbour: Neighbour,
     next_life_sign: Instant,
     /// Whether the last fork found no room for its descriptor.
@@ -184,10 +190,12 @@ impl Loop<'_> {
                             }
                             Event::Unmap { start, end } => {
                                 regions.unmap(start, end);
+                                target.huge_given_back(start, end);
                                 target.tell(self.shared, Happening::Unmap(start, end));
                             }
                             Event::Remap { from, to, len } => {
                                 regions.remap(from, to, len);
+                                target.huge_moved(from, to, len);
                                 target.tell(self.shared, Happening::Remap(from, to, len));
                             }
                             // The child has what the parent has at this moment.
@@ -303,6 +311,9 @@ impl Loop<'_> {
     /// Gives up the moment anybody else wants something.
     fn keep_polling(&mut self, target: &Arc<Target>) {
         let mut now = Instant::now();
+        if now < self.crowded && !self.neighbour.stays() {
+            return;
+        }
         let (mut until, mut look_around) = (now + self.poll, now + LOOK_AROUND);
         let (mut hits, mut missed) = (0, 0);
         while now < until && !self.shared.stopped.load(Relaxed) {
@@ -325,9 +336,11 @@ impl Loop<'_> {
                 // The target may need this very CPU to get to its next fault.
                 std::thread::yield_now();
             }
-            now = Instant::now();
+            let before = std::mem::replace(&mut now, Instant::now());
             if hit {
                 until = now + self.poll;
+            } else if now - before > LONGEST_POLL {
+                self.crowded = now + CROWDED;
             }
         }
         self.poll = match hits {

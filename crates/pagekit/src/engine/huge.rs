@@ -84,6 +84,16 @@ impl Target {
         self.filled_huge().retain(|address| !(start..end).contains(address));
     }
 
+    /// The target moved these addresses.
+    pub(super) fn huge_moved(&self, from: u64, to: u64, len: u64) {
+        let mut filled = self.filled_huge();
+        let moved = |address: &u64| (from..from.saturating_add(len)).contains(address);
+        let there: Vec<u64> =
+            filled.iter().filter(|at| moved(at)).map(|at| at - from + to).collect();
+        filled.retain(|address| !moved(address));
+        filled.extend(there);
+    }
+
     fn fill_huge_at_once(&self, address: u64, run: Run) -> Option<Fill> {
         let template = &self.template;
         let zero =

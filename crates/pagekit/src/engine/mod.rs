@@ -13,6 +13,7 @@
 //! microseconds. Everything else goes to [`workers`], and whoever ends a fetch serves its waiters.
 
 mod ahead;
+pub mod broadcast;
 pub mod deputy;
 mod event_loop;
 mod fill;
@@ -28,7 +29,7 @@ use std::collections::HashMap;
 use std::io::{self, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::panic::{catch_unwind, AssertUnwindSafe};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicU8, Ordering::Relaxed};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -63,6 +64,8 @@ pub struct Statistics {
     pub ahead_pages: u64,
     /// How often the loop's thread went to stay on the processor of a target that faults all the time.
     pub stays: u64,
+    /// Those of them that a sibling had demanded.
+    pub broadcast_pages: u64,
     /// The last things that went wrong, oldest first.
     pub reports: Vec<String>,
 }
@@ -86,6 +89,9 @@ pub struct TargetStatistics {
     pub ahead_pages: u64,
 }
 
+/// A piece of a target's memory: address, bytes, and the first page of the template, or none.
+pub type Piece = (u64, u64, Option<u64>);
+
 /// The engine. Dropping it stops it.
 #[derive(Debug)]
 pub struct Engine {
@@ -106,6 +112,10 @@ pub(crate) struct Shared {
     ahead: AtomicU64,
     /// Told of every target that a client brings.
     greeter: Mutex<Option<Greeter>>,
+    /// What is put into siblings: a [`broadcast::Policy`].
+    broadcast: AtomicU8,
+    /// Pages that came so.
+    spread: AtomicU64,
     /// The second handler, if there is one.
     deputy: RwLock<Option<Arc<dyn Deputy>>>,
     /// Whether a target may have deferred faults, so that the loop need not look for them in vain.
@@ -194,6 +204,8 @@ impl Engine {
                 faults: AtomicU64::new(0),
                 ahead: AtomicU64::new(0),
                 greeter: Mutex::default(),
+                broadcast: AtomicU8::new(0),
+                spread: AtomicU64::new(0),
                 deputy: RwLock::default(),
                 deferred: AtomicBool::new(false),
                 outcomes: Arc::default(),
@@ -302,6 +314,13 @@ impl Engine {
         self.shared.targets().len()
     }
 
+    /// What belongs where in a living target, as far as its events were read: address, bytes, and the
+    /// first page of the template, or none for zeros. Of one that gave single pages back here and
+    /// there that may be long.
+    pub fn regions(&self, id: TargetId) -> Option<Vec<Piece>> {
+        Some(self.target(id)?.regions().pieces().collect())
+    }
+
     /// Waits until no target lives, or the time is over; says whether none does.
     pub fn wait_idle(&self, time: Duration) -> bool {
         let targets = self.shared.targets();
@@ -337,6 +356,7 @@ impl Engine {
             targets_ever: self.shared.ever.load(Relaxed),
             ahead_pages: self.shared.ahead.load(Relaxed),
             stays: self.shared.placement.stays(),
+            broadcast_pages: self.shared.spread.load(Relaxed),
             reports: self.shared.reports.lock().unwrap_or_else(PoisonError::into_inner).clone(),
         }
     }

@@ -22,6 +22,9 @@ pub(crate) enum Belongs {
     Template(u64),
     /// Zeros: the target gave the pages back.
     Zero,
+    /// What a move has left behind that unmapped nothing (MREMAP_DONTUNMAP): zeros where the memory is
+    /// anonymous; else still the template's pages from this one on, as in the file that is mapped there.
+    Left(u64),
 }
 
 /// A lookup's answer: what belongs at the address asked for, for how many bytes from there, and for
@@ -138,17 +141,37 @@ impl RegionMap {
         self.cut_out(start, end);
     }
 
-    /// REMAP: what was at `from` is at `to` now.
+    /// REMAP: what was at `from` is at `to` now. If nothing is left at `from`, the next event says so.
     pub(crate) fn remap(&mut self, from: u64, to: u64, len: u64) {
         let moved = self.cut_out(from, from.saturating_add(len));
         // Whatever was at the new place was unmapped by the move.
         self.cut_out(to, to.saturating_add(len));
         for (start, piece) in moved {
+            let left = match piece.belongs {
+                Belongs::Template(page) | Belongs::Left(page) => Belongs::Left(page),
+                Belongs::Zero => Belongs::Zero,
+            };
+            self.put(start, piece.end, left);
+            self.join(start);
             let (start, end) = (start - from + to, piece.end - from + to);
             self.put(start, end, piece.belongs);
             self.join(start);
         }
+        self.join(from.saturating_add(len));
         self.join(to.saturating_add(len));
+    }
+
+    /// Where the piece ends that comes last before `address`, at which nothing of ours is.
+    pub(crate) fn end_before(&self, address: u64) -> Option<u64> {
+        let (_, piece) = self.pieces.range(..address).next_back()?;
+        (piece.end <= address).then_some(piece.end)
+    }
+
+    /// A mapping has grown from `start` to `end`, by zeros.
+    pub(crate) fn grow(&mut self, start: u64, end: u64) {
+        self.put(start, end, Belongs::Zero);
+        self.join(start);
+        self.join(end);
     }
 
     /// All addresses of the map, as start and length.
@@ -156,12 +179,13 @@ impl RegionMap {
         self.pieces.iter().map(|(start, piece)| (*start, piece.end - start))
     }
 
-    /// All of the map: address, bytes, and the first page of the template, or none where zeros belong.
+    /// All of the map, rising: address, bytes, and the first page of the template, or none where zeros
+    /// belong, or what a move left behind.
     pub(crate) fn pieces(&self) -> impl ExactSizeIterator<Item = (u64, u64, Option<u64>)> + '_ {
         self.pieces.iter().map(|(start, piece)| {
             let page = match piece.belongs {
                 Belongs::Template(page) => Some(page),
-                Belongs::Zero => None,
+                Belongs::Zero | Belongs::Left(_) => None,
             };
             (*start, piece.end - start, page)
         })
@@ -217,6 +241,7 @@ impl RegionMap {
 fn advance(belongs: Belongs, bytes: u64) -> Belongs {
     match belongs {
         Belongs::Template(page) => Belongs::Template(page + bytes / PAGE),
+        Belongs::Left(page) => Belongs::Left(page + bytes / PAGE),
         Belongs::Zero => Belongs::Zero,
     }
 }
@@ -317,6 +342,7 @@ mod tests {
         let mut map = RegionMap::new(BASE, Run { start: 0, pages: 10 });
         map.remove(BASE + PAGE, BASE + 2 * PAGE);
         map.remap(BASE, BASE + 100 * PAGE, 4 * PAGE);
+        map.unmap(BASE, BASE + 4 * PAGE);
         assert_eq!(at(&map, 0), None);
         assert_eq!(at(&map, 100), Some((Belongs::Template(0), 1)));
         assert_eq!(at(&map, 101), Some((Belongs::Zero, 1)));
@@ -324,5 +350,53 @@ mod tests {
         assert_eq!(at(&map, 4), Some((Belongs::Template(4), 6)));
         map.unmap(BASE, BASE + 200 * PAGE);
         assert_eq!(map.any_address(), None);
+    }
+
+    #[test]
+    fn a_move_that_unmaps_nothing_leaves_something_behind() {
+        let mut map = RegionMap::new(BASE, Run { start: 0, pages: 10 });
+        map.remove(BASE + 3 * PAGE, BASE + 4 * PAGE);
+        map.remap(BASE + 2 * PAGE, BASE + 100 * PAGE, 3 * PAGE);
+        assert_eq!(at(&map, 1), Some((Belongs::Template(1), 1)));
+        assert_eq!(at(&map, 2), Some((Belongs::Left(2), 1)));
+        assert_eq!(at(&map, 3), Some((Belongs::Zero, 1)));
+        assert_eq!(at(&map, 4), Some((Belongs::Left(4), 1)));
+        assert_eq!(at(&map, 5), Some((Belongs::Template(5), 5)));
+        assert_eq!(at(&map, 100), Some((Belongs::Template(2), 1)));
+        map.remove(BASE + 2 * PAGE, BASE + 5 * PAGE);
+        assert_eq!(at(&map, 2), Some((Belongs::Zero, 3)));
+    }
+
+    /// Onto the middle of another region, and with the very pages that are before and behind it.
+    #[test]
+    fn what_is_moved_onto_a_region_replaces_its_middle() {
+        let mut map = RegionMap::new(BASE, Run { start: 0, pages: 10 });
+        map.remap(BASE + 8 * PAGE, BASE + 3 * PAGE, 2 * PAGE);
+        map.unmap(BASE + 8 * PAGE, BASE + 10 * PAGE);
+        let found: Vec<_> = [0, 3, 5, 8].map(|page| at(&map, page)).to_vec();
+        assert_eq!(
+            found,
+            [
+                Some((Belongs::Template(0), 3)),
+                Some((Belongs::Template(8), 2)),
+                Some((Belongs::Template(5), 3)),
+                None
+            ]
+        );
+        map.remap(BASE + 3 * PAGE, BASE + 8 * PAGE, 2 * PAGE);
+        assert_eq!(map.pieces.len(), 3, "0 to 3, zeros left behind, 5 to 10");
+    }
+
+    #[test]
+    fn what_has_grown_is_zeros() {
+        let mut map = RegionMap::new(BASE, Run { start: 0, pages: 4 });
+        let end = BASE + 4 * PAGE;
+        assert_eq!(map.end_before(BASE + 3 * PAGE), None, "there is something");
+        assert_eq!(map.end_before(BASE + 6 * PAGE), Some(end));
+        assert_eq!(map.end_before(BASE), None);
+        map.grow(end, end + 2 * PAGE);
+        map.grow(end + 2 * PAGE, end + 3 * PAGE);
+        assert_eq!(at(&map, 4), Some((Belongs::Zero, 3)));
+        assert_eq!(at(&map, 3), Some((Belongs::Template(3), 1)));
     }
 }

@@ -322,12 +322,23 @@ impl Target {
                 Passed::Ours(ours, part) => (fault, place) = (ours, part),
             }
         }
-        let resolution = match place.belongs {
+        let belongs = match place.belongs {
+            Belongs::Left(page) => match self.is_anonymous(fault.address) {
+                Ok(true) => Belongs::Zero,
+                Ok(false) => Belongs::Template(page),
+                Err(resolution) => {
+                    drop(regions);
+                    return self.settle(shared, fault, resolution);
+                }
+            },
+            belongs => belongs,
+        };
+        let resolution = match belongs {
             Belongs::Zero => {
                 let pages = self.locality().zeros(fault.address / PAGE);
                 self.zero(fault.address, place.bytes.min(pages * PAGE))
             }
-            Belongs::Template(page) => {
+            Belongs::Template(page) | Belongs::Left(page) => {
                 if let Err(error) = self.template.check() {
                     drop(regions);
                     return self.give_up(shared, fault, error);
@@ -340,16 +351,18 @@ impl Target {
                     let usual = self.locality().window(fault.address / PAGE, page);
                     self.window(usual, page)
                 });
-                let filled = match find(self.template.zero_runs(), page) {
+                let (put, filled) = match find(self.template.zero_runs(), page) {
                     Some(zero) => {
                         let pages = window.zeros.min(zero.end() - page);
                         let bytes = place.bytes.min(pages * PAGE);
-                        Some(self.zero(fault.address, bytes))
+                        let put = Run { start: page, pages: bytes / PAGE };
+                        (put, Some(self.zero(fault.address, bytes)))
                     }
-                    None => self.fill(fault.address, page, place, window.fill),
+                    None => (window.fill, self.fill(fault.address, page, place, window.fill)),
                 };
                 if let Some(resolution) = filled {
                     drop(regions);
+                    self.spread(shared, resolution, put);
                     return self.settle(shared, fault, resolution);
                 }
                 match self.template.want(page, window.fetch, || self.waiter(shared, &fault)) {
@@ -387,14 +400,60 @@ impl Target {
     fn nothing_known(self: &Arc<Self>, shared: &Arc<Shared>, fault: Fault) {
         match self.uffd.probe_range(fault.address, PAGE) {
             Some(Errno::AGAIN) => self.settle(shared, fault, Resolution::Blocked),
-            // Grown by mremap, or left behind by a move that does not unmap. Zeros could be wrong,
-            // and waking would go on for ever.
             Some(Errno::FAULT | Errno::INVAL) => {
+                match self.learn_growth(fault.address) {
+                    Ok(true) => return self.serve(shared, fault),
+                    Ok(false) => {}
+                    Err(blocked) => return self.settle(shared, fault, blocked),
+                }
+                // Zeros could be wrong, and waking would go on for ever.
                 let message = "it is registered, but in no region".to_owned();
                 self.give_up(shared, fault, Arc::new(Error::Integrity { message }));
             }
             // Unmapped since; whoever waits there shall look again.
             _ => self.settle(shared, fault, Resolution::NotCovered),
+        }
+    }
+
+    /// Whether anything belongs to `address` after all: mremap says nothing of what it has grown. That
+    /// is one mapping with what we know before it; if it is anonymous, zeros belong there, and from now
+    /// on that is known. (Of a file, it could be anything.)
+    ///
+    /// # Errors
+    /// Blocked: nothing can be known now.
+    fn learn_growth(&self, address: u64) -> Result<bool, Resolution> {
+        // Against events: if it is unmapped meanwhile, that is read afterwards.
+        let mut regions = self.regions_mut();
+        let Some(end) = regions.end_before(address) else {
+            return Ok(regions.find(address).is_some());
+        };
+        let from = end - PAGE;
+        match self.uffd.probe_range(from, address + PAGE - from) {
+            Some(Errno::AGAIN) => return Err(Resolution::Blocked),
+            Some(Errno::FAULT | Errno::EXIST) => {}
+            _ => return Ok(false),
+        }
+        let anonymous = self.is_anonymous(address)?;
+        if anonymous {
+            regions.grow(end, address + PAGE);
+        }
+        Ok(anonymous)
+    }
+
+    /// Whether the target's own memory, and not a file, is mapped at `address`, where a page is missing:
+    /// only a file can have the page already, to be mapped.
+    ///
+    /// # Errors
+    /// Nothing can be known now, or nothing of ours is there.
+    fn is_anonymous(&self, address: u64) -> Result<bool, Resolution> {
+        if self.page_size != PAGE {
+            return Ok(false);
+        }
+        match self.uffd.continue_(address, PAGE).errno {
+            Some(Errno::AGAIN) => Err(Resolution::Blocked),
+            Some(Errno::NOENT) => Err(Resolution::NotCovered),
+            Some(Errno::SRCH) => Err(Resolution::Gone),
+            errno => Ok(errno == Some(Errno::INVAL)),
         }
     }
 

@@ -46,6 +46,7 @@
 //! One helper answers one request at a time: a callback need not be safe for threads, and one that
 //! wants to use more processors, or wait for several things at once, knows best how.
 
+use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -142,6 +143,9 @@ struct State {
     helper: Option<Helper>,
     /// Helpers that died since one answered.
     deaths: u32,
+    /// Pages that ended a helper, or never came, when they were asked for alone. Their neighbours are
+    /// asked for without them: else each of those would have to wait for them again.
+    fatal: BTreeSet<u64>,
 }
 
 #[derive(Debug, Default)]
@@ -177,7 +181,7 @@ impl Python {
             timeout,
             module,
             opened_by: std::process::id(),
-            state: Mutex::new(State { helper: Some(helper), deaths: 0 }),
+            state: Mutex::new(State { helper: Some(helper), deaths: 0, fatal: BTreeSet::new() }),
             starter,
             counters: Counters::default(),
         })
@@ -272,28 +276,32 @@ impl Source for Python {
                 "open the source in the process that reads it",
             ));
         }
+        let run = Run::between(offset / PAGE, (offset + buffer.len() as u64) / PAGE);
+        let what = || match run.pages {
+            1 => format!("callback {} for page {}", self.function, run.start),
+            _ => {
+                format!("callback {} for pages {} to {}", self.function, run.start, run.end() - 1)
+            }
+        };
         let mut state = self.lock();
+        let alone = run.pages == 1;
+        if let Some(page) = state.fatal.range(run.start..run.end()).next().filter(|_| !alone) {
+            return Err(failed(format!("{}: page {page} must be asked for alone", what())));
+        }
         let helper = match state.helper.take() {
             Some(helper) => helper,
             None => self.start_again()?,
-        };
-        let length = buffer.len() as u64;
-        let what = || {
-            let run = Run::between(offset / PAGE, (offset + length) / PAGE);
-            match run.pages {
-                1 => format!("callback {} for page {}", self.function, run.start),
-                _ => format!(
-                    "callback {} for pages {} to {}",
-                    self.function,
-                    run.start,
-                    run.end() - 1
-                ),
-            }
         };
         let asked = Instant::now();
         let answer = helper.ask(offset, buffer, asked + self.timeout);
         self.counters.calls.fetch_add(1, Relaxed);
         self.counters.microseconds.fetch_add(asked.elapsed().as_micros() as u64, Relaxed);
+        if alone {
+            match answer {
+                Err(_) => state.fatal.insert(run.start),
+                Ok(_) => state.fatal.remove(&run.start),
+            };
+        }
         let content = match answer {
             Ok(Answer::Bytes) => Ok(Content::Bytes),
             Ok(Answer::Zeros) => Ok(Content::Zero),
@@ -315,7 +323,7 @@ impl Source for Python {
                 });
             }
         };
-        *state = State { helper: Some(helper), deaths: 0 };
+        (state.helper, state.deaths) = (Some(helper), 0);
         content
     }
 
@@ -700,6 +708,9 @@ def number(offset, length):
         assert!(!error.retryable() && error.hint().is_some());
         let pid = u64::from_le_bytes(helper[..8].try_into().unwrap());
         assert!(!Path::new(&format!("/proc/{pid}")).exists(), "it is gone, and no zombie");
+        // Its neighbours need not wait for it again.
+        let error = source.read(2 * PAGE, &mut vec![0; 4 * PAGE as usize]).unwrap_err();
+        assert!(error.to_string().contains("page 3 must be asked for alone"), "{error}");
         assert_ne!(read(&source, 0).unwrap(), helper);
         assert_eq!(source.statistics()[2], ("python.restarts".to_owned(), 1));
     }

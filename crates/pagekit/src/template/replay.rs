@@ -26,7 +26,7 @@ use std::time::{Duration, Instant};
 
 use super::{Fetch, Template};
 use crate::error::{Error, Result};
-use crate::page::{coalesce, find, Run, PAGE};
+use crate::page::{coalesce, find, union, Run, PAGE};
 use crate::working_set::WorkingSet;
 
 /// Pages of an extent at most: 512 KiB.
@@ -89,6 +89,8 @@ pub enum Taken {
 pub struct Replay {
     template: Weak<Template>,
     plan: Plan,
+    /// The pages of the set, critical or not, rising.
+    set: Vec<Run>,
     options: Options,
     began: Instant,
     next: AtomicUsize,
@@ -160,7 +162,8 @@ impl Replay {
         if options.rest {
             plan.extents.extend(extents(set.rest(), zeros, LONGEST_EXTENT));
         }
-        Replay::start_plan(template, plan, options)
+        let all = set.critical().iter().chain(set.rest()).flatten().copied();
+        Replay::start_plan(template, plan, union(all), options)
     }
 
     /// Starts to fetch everything, in extents of `pages`.
@@ -171,10 +174,15 @@ impl Replay {
     ) -> Result<Arc<Replay>> {
         let data = crate::page::complement(template.whole(), template.zero_runs());
         let extents = data.into_iter().flat_map(|run| cut(run, pages)).collect();
-        Replay::start_plan(template, Plan { extents, critical: 0 }, options)
+        Replay::start_plan(template, Plan { extents, critical: 0 }, Vec::new(), options)
     }
 
-    fn start_plan(template: &Arc<Template>, plan: Plan, options: Options) -> Result<Arc<Replay>> {
+    fn start_plan(
+        template: &Arc<Template>,
+        plan: Plan,
+        set: Vec<Run>,
+        options: Options,
+    ) -> Result<Arc<Replay>> {
         let capabilities = template.capabilities();
         let usual = match capabilities.immediate {
             // The processor copies, and somebody is starting a sandbox: half of it is left to that.
@@ -187,6 +195,7 @@ impl Replay {
             template: Arc::downgrade(template),
             fetched: plan.extents.iter().map(|_| AtomicBool::new(false)).collect(),
             plan,
+            set,
             options,
             began: Instant::now(),
             next: AtomicUsize::new(0),
@@ -265,6 +274,13 @@ impl Replay {
             // A panic is in the failure already.
             let _ = thread.join();
         }
+    }
+
+    /// What of `run` is of the set, fetched yet or not.
+    pub(crate) fn of_its_set(&self, run: Run) -> Vec<Run> {
+        let after = self.set.partition_point(|one| one.end() <= run.start);
+        let near = self.set[after..].iter().take_while(|one| one.start < run.end());
+        near.map(|one| Run::between(one.start.max(run.start), one.end().min(run.end()))).collect()
     }
 
     /// Counters, now.

@@ -1,8 +1,8 @@
 //! Memory of every kind that userfaultfd knows, and ways to touch it.
 
-use std::cell::RefCell;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::sync::Mutex;
 use std::thread::JoinHandle;
 
 use rustix::fs::{ftruncate, memfd_create, open, statfs, MemfdFlags, Mode, OFlags};
@@ -100,20 +100,13 @@ pub struct Mapping {
     /// What it maps, if anything.
     pub file: Option<OwnedFd>,
     /// What was unmapped of it: start and end.
-    holes: RefCell<Vec<(u64, u64)>>,
+    holes: Mutex<Vec<(u64, u64)>>,
     pool: Option<Pool>,
 }
 
 impl Mapping {
     fn at_address(start: *mut std::ffi::c_void, len: usize, page: usize) -> Mapping {
-        Mapping {
-            start: start as u64,
-            len,
-            page,
-            file: None,
-            holes: RefCell::default(),
-            pool: None,
-        }
+        Mapping { start: start as u64, len, page, file: None, holes: Mutex::default(), pool: None }
     }
 
     /// Pages that are mapped at an address already.
@@ -181,6 +174,16 @@ impl Mapping {
         // SAFETY: memory that nobody has seen yet.
         unsafe { mprotect(room.start as *mut _, room.len, MprotectFlags::empty()).unwrap() };
         room
+    }
+
+    /// A shared mapping of a file in place of other memory.
+    pub fn over(place: Mapping, file: OwnedFd) -> Mapping {
+        let flags = MapFlags::SHARED | MapFlags::FIXED;
+        // SAFETY: over memory that this value owns alone.
+        unsafe { mmap(place.start as *mut _, place.len, READ_WRITE, flags, &file, 0).unwrap() };
+        let mut mapping = place;
+        mapping.file = Some(file);
+        mapping
     }
 
     /// Another mapping of the same pages, of a file.
@@ -252,7 +255,7 @@ impl Mapping {
 
     /// These pages are not this mapping's any more: others' memory may be there.
     pub fn gone(&self, from: usize, pages: usize) {
-        self.holes.borrow_mut().push((self.at(from), self.at(from + pages)));
+        self.holes.lock().unwrap().push((self.at(from), self.at(from + pages)));
     }
 
     #[track_caller]
@@ -265,7 +268,7 @@ impl Mapping {
 impl Drop for Mapping {
     fn drop(&mut self) {
         let end = self.start + self.bytes();
-        let mut holes = std::mem::take(self.holes.get_mut());
+        let mut holes = std::mem::take(self.holes.get_mut().unwrap());
         holes.sort_unstable();
         holes.push((end, end));
         let mut from = self.start;
@@ -279,6 +282,16 @@ impl Drop for Mapping {
     }
 }
 
+/// Has small pages gathered into huge ones (6.1), if the kernel will.
+pub fn collapse(memory: &Mapping) -> io::Result<()> {
+    const COLLAPSE: i32 = 25;
+    // SAFETY: changes nothing that a program could see.
+    match unsafe { libc::madvise(memory.start as *mut _, memory.len, COLLAPSE) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
 /// A memfd of so many pages.
 pub fn memory_file(pages: usize) -> OwnedFd {
     let file = memfd_create("test", MemfdFlags::CLOEXEC).unwrap();
@@ -288,9 +301,9 @@ pub fn memory_file(pages: usize) -> OwnedFd {
 
 /// A file without a name in a tmpfs that is mounted somewhere.
 fn tmpfs_file(pages: usize) -> Option<OwnedFd> {
-    const TMPFS: i64 = 0x0102_1994;
+    const TMPFS: libc::c_long = 0x0102_1994;
     for place in ["/dev/shm", "/run", "/tmp"] {
-        if statfs(place).is_ok_and(|found| found.f_type as i64 == TMPFS) {
+        if statfs(place).is_ok_and(|found| found.f_type == TMPFS) {
             let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
             if let Ok(file) = open(place, flags, Mode::RUSR | Mode::WUSR) {
                 ftruncate(&file, (pages * PAGE) as u64).unwrap();
