@@ -13,6 +13,10 @@ Each of them *pinned*: the handler and the thread that faults on the same proces
 the thread, and *unpinned*: everybody where the scheduler likes; with one thread that faults, and
 with two.
 
+*Maps.* The same touches of a `pagekit.map` in this process, whose template is empty: with each page
+come the fifteen beside it, from the file. *thread*: a thread of ours brings them; *signal*: the
+thread that faults, in a signal handler.
+
 *Paths.* What each way to resolve a fault costs at best: a few lines of C, by run length, order,
 threads, and by where the handler is and how it waits (benchmarks/programs/fault.c says it all).
 `sigbus` is resolved by the thread itself, in a signal handler; `anonymous` (zero pages) and
@@ -30,6 +34,7 @@ copy_vs_minimal_pinned      faults/s of engine against read, both pinned; wanted
 copy_vs_minimal_unpinned    faults/s of engine against minimal, both unpinned; wanted: >= 2
 share_second_vs_private     time of the second fork against the private mapping; wanted: <= 1.2
 share_second_vs_disk        the same against a file on disk in large folios
+map_signal_vs_thread        faults/s of the two kinds of maps
 
     python benchmarks/fault.py [--json] [--quick] [--disk DIRECTORY]
 """
@@ -44,14 +49,17 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Literal
 
 import share
 from common import PATIENCE, PROGRAMS, compiled, handler
 
+import pagekit
 from pagekit.client import server_program
 
 BLOCK = 64 << 10
@@ -135,6 +143,31 @@ class Bench:
                 with handler(command, socket, pinned=place == "pinned"):
                     self.ask(who, place, threads, socket)
 
+    def maps(self) -> None:
+        """One of each kind of map, in random order."""
+        kinds: list[Literal["thread", "signal"]] = ["thread", "signal"]
+        for kind in random.sample(kinds, len(kinds)):
+            order = random.sample(range(0, MEMORY, BLOCK), FAULTS)
+            with (
+                pagekit.Template(f"file:{self.memory}") as template,
+                pagekit.map(template, faults=kind) as memory,
+                memoryview(memory) as view,
+            ):
+                cpu = -time.process_time()
+                times = [time.perf_counter()]
+                for at in order:
+                    _ = view[at]
+                    times.append(time.perf_counter())
+                cpu += time.process_time()
+            took = sorted((after - before) * 1e6 for before, after in itertools.pairwise(times))
+            result = {
+                "faults_per_s": FAULTS / (times[-1] - times[0]),
+                "p50_us": took[FAULTS // 2],
+                "p99_us": took[FAULTS * 99 // 100],
+                "cpu_us": cpu / FAULTS * 1e6,
+            }
+            self.results["map", kind, "1"].append(result)
+
     def paths(self) -> None:
         """One of each path, in random order."""
         ways = [*itertools.product(PATHS, HANDLERS, ("1", "2")), ("sigbus", "here", "1")]
@@ -163,6 +196,7 @@ class Bench:
             "copy_vs_minimal_unpinned": rate("engine", "unpinned") / rate("minimal", "unpinned"),
             "share_second_vs_private": pages["second_random"] / pages["plain_random"],
             "share_second_vs_disk": pages["second_random"] / pages["disk_random"],
+            "map_signal_vs_thread": rate("map", "signal") / rate("map", "thread"),
         }
 
 
@@ -182,8 +216,8 @@ def show(bench: Bench) -> None:
     for way in dict.fromkeys(arm[:3] for arm in medians if len(arm) == 5):
         print(f"{' '.join(way):28}", end="")
         for column in columns:
-            found = medians.get((*way, *column))
-            print(f" {found['p50_us']:13.2f}" if found else f" {'':13}", end="")
+            cell = medians.get((*way, *column))
+            print(f" {cell['p50_us']:13.2f}" if cell else f" {'':13}", end="")
         print()
     print("\nµs a page, touched in random order")
     for name, value in bench.share.medians().items():
@@ -207,6 +241,7 @@ def main() -> None:
         engines = {place: stack.enter_context(bench.engine(place)) for place in PLACES}
         for number in range(samples[0]):
             bench.handlers(engines)
+            bench.maps()
             bench.share.sample("random")
             if number < samples[1]:
                 bench.paths()

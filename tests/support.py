@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import fcntl
 import functools
 import hashlib
 import json
@@ -424,15 +425,18 @@ class Client:
 
 @contextmanager
 def sysctl(name: str, value: str) -> Iterator[None]:
-    """A kernel knob, turned for a while."""
+    """A kernel knob, turned for a while, and locked: there is one for all tests that run on
+    this machine, the Rust tests' too."""
     need_root()
     path = Path("/proc/sys") / name.replace(".", "/")
-    before = path.read_text()
-    path.write_text(value)
-    try:
-        yield
-    finally:
-        path.write_text(before)
+    with path.open() as knob:
+        fcntl.flock(knob, fcntl.LOCK_EX)
+        before = path.read_text()
+        path.write_text(value)
+        try:
+            yield
+        finally:
+            path.write_text(before)
 
 
 @contextmanager

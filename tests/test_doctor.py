@@ -30,8 +30,9 @@ PACKAGE = Path(pagekit.__file__).parent
 LOOK = """
 import dataclasses, json
 from pagekit import doctor, errors, uffd
-uffd.Userfaultfd(user_mode_only=True).close() if doctor.userfaultfd().has("USER_MODE_ONLY") else
-None try:
+if doctor.userfaultfd().has("USER_MODE_ONLY"):
+    uffd.Userfaultfd(user_mode_only=True).close()
+try:
     with uffd.Userfaultfd() as faults:
         opened = sorted(faults.features)
 except errors.PermissionDenied as error:

@@ -32,8 +32,8 @@ MAY_USE = {
     "thread": set(),
     "process": {"error"},
     "wire": {"page"},
-    # A helper process ends with the thread that started it, which must be one of ours.
-    "source": {"page", "error", "thread"},
+    # A helper process ends with the thread that started it, and answers one process.
+    "source": {"page", "error", "thread", "process"},
     "layer": {"page", "error", "source"},
     "stack": {"page", "error", "source", "layer"},
     "delivery": {"error"},
@@ -150,8 +150,8 @@ def test_what_other_crates_use_of_the_engine() -> None:
     assert used_of_the_engine("pagekit-shim") <= {"page", "wire", "thread"}
     # Registration and conversion: nothing that could decide anything.
     known = {"delivery", "error", "server", "template", "working_set"}
-    more = {"page", "map", "process", "relay", "stack", "wire"}
-    assert used_of_the_engine("pagekit-py") <= known | more
+    shown = {"page", "map", "process", "relay", "stack", "wire"}
+    assert used_of_the_engine("pagekit-py") <= known | shown
     assert used_of_the_engine("pagekitd") <= known | {"stack"}
 
 
@@ -182,6 +182,22 @@ def test_every_piece_runs_the_conformance_suite() -> None:
                 assert "conformance::check(" in path.read_text(), path
 
 
+def test_every_feature_has_its_tests_and_their_page_is_true() -> None:
+    tests = {path.stem: path.read_text() for path in (CRATES / "uffd" / "tests").glob("*.rs")}
+    table = (CRATES / "uffd" / "src" / "features.rs").read_text().split("\nfeatures! {")[1]
+    features = re.findall(r'^ {8}([A-Z_]+)(?: = \d+)?: "', table, re.MULTILINE)
+    assert len(features) >= 24
+    for name in features:
+        assert tests.get(name.lower(), "").startswith(f"//! {name}: "), name
+        assert f'need("{name}")' in tests[name.lower()], f"{name} is not asked for"
+    page = (CRATES / "uffd" / "tests" / "README.md").read_text()
+    others = set(tests) - {name.lower() for name in features}
+    assert others <= set(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)), others
+    for file, test in re.findall(r"`(\w+)::(\w+)`", page):
+        if file != "uffd":
+            assert re.search(rf"#\[test\]\n(?:#.*\n)*fn {test}\(", tests[file]), f"{file}::{test}"
+
+
 # Python
 
 
@@ -203,9 +219,14 @@ def test_who_may_import_the_core() -> None:
         name = path.relative_to(PYTHON).as_posix()
         used = set(imports(path))
         if name != "_native.py":
-            allowed = name.startswith("uffd/") or name in (
-                *("template.py", "server.py", "working_set.py", "relay.py", "mapping.py"),
+            allowed = name in (
+                "template.py",
+                "server.py",
+                "working_set.py",
+                "relay.py",
+                "mapping.py",
             )
+            allowed = allowed or name.startswith("uffd/")
             direct = {module for module in used if re.match(r"pagekit\._core\b", module)}
             assert not direct, f"{name} imports {direct}"
             if not allowed and name != "doctor.py":

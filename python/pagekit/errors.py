@@ -8,7 +8,7 @@
     │  ├─ Unsupported                  this system or kernel cannot do it, whoever asks
     │  ├─ PermissionDenied             it could, but not for this user; the hint names the knob
     │  └─ Ioctl                        an operation on a userfaultfd failed: .errno .range .done
-    ├─ TargetError(OSError)            it failed for what the target is or does; the same attributes
+    ├─ TargetError(OSError)            the target is why it failed; the same attributes
     │  ├─ Gone                         the target has ended, or runs another program
     │  ├─ LayoutChanged                its memory is changing: read events, and try again
     │  ├─ NotCovered                   not all of the range is registered for that

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import operator
 from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, SupportsIndex, overload
 
 from ._native import core
+from .callback import Callback
 from .errors import UsageError
 from .template import PAGE_SIZE, Template
 
 if TYPE_CHECKING:
-    from collections.abc import Buffer
+    from typing_extensions import Buffer
 
 Faults = Literal["auto", "thread", "signal"]
 
@@ -45,8 +47,9 @@ class Map(_Core):  # type: ignore[misc]
 
     def __new__(
         cls,
-        source: str | Template,
+        source: str | Callback | Template,
         *,
+        size: int | None = None,
         layers: Sequence[str] = (),
         writable: bool = False,
         faults: Faults = "auto",
@@ -54,14 +57,14 @@ class Map(_Core):  # type: ignore[misc]
         deadline: float = 5.0,
     ) -> Self:
         if isinstance(source, Template):
-            if layers:
+            if layers or size is not None:
                 raise UsageError(
-                    "layers go around a source, and a template has its own",
+                    "layers and a size are a source's, and a template has its own",
                     hint="give them to pagekit.Template",
                 )
             template = source
         else:
-            template = Template(source, layers=layers, deadline=deadline)
+            template = Template(source, size=size, layers=layers, deadline=deadline)
         self: Self = super().__new__(cls, template._core, writable, faults, page_size)
         self._spec = template.spec
         self._writable = writable
@@ -70,7 +73,7 @@ class Map(_Core):  # type: ignore[misc]
     @property
     def writable(self) -> bool:
         """Whether it can be written. What is written stays in this process, and in this map."""
-        return self._writable
+        return bool(self._writable)
 
     @property
     def closed(self) -> bool:
@@ -101,7 +104,7 @@ class Map(_Core):  # type: ignore[misc]
         super()._bring(first, last - first)
         with memoryview(self) as view:
             if isinstance(key, int):
-                view[key] = value  # type: ignore[assignment]
+                view[key] = value  # type: ignore[call-overload]
             else:
                 with memoryview(value) as bytes_:  # type: ignore[arg-type]
                     view[key] = bytes_.cast("B")
@@ -114,7 +117,7 @@ class Map(_Core):  # type: ignore[misc]
             if not chosen:
                 return 0, 0, key
             return min(chosen[0], chosen[-1]), max(chosen[0], chosen[-1]) + 1, key
-        index = key.__index__()
+        index = operator.index(key)
         if not -size <= index < size:
             raise IndexError(f"byte {index} of a map of {size}")
         return index % size, index % size + 1, index
@@ -126,8 +129,8 @@ class Map(_Core):  # type: ignore[misc]
         return self.find(part) >= 0
 
     def find(self, part: SupportsIndex | Buffer, start: int = 0, end: int | None = None) -> int:
-        """Where ``part`` (bytes, or one byte as a number) is first found from ``start`` to ``end``, or
-        -1; as ``bytes.find``, but pages are brought only as far as it searches.
+        """Where ``part`` (bytes, or one byte as a number) is first found from ``start`` to ``end``,
+        or -1; as ``bytes.find``, but pages are brought only as far as it searches.
 
         Raises as :meth:`populate` does.
         """
@@ -139,10 +142,11 @@ class Map(_Core):  # type: ignore[misc]
         return -1 if found is None else int(found)
 
     def will_need(self, start: int = 0, stop: int | None = None) -> None:
-        """Begins to fetch the bytes from ``start`` to ``stop`` (the end, if None), in the background.
+        """Begins to fetch the bytes from ``start`` to ``stop`` (the end, if None), ahead.
 
-        It waits for nothing, and a failure is nobody's: what could not be had is asked for again by
-        whoever touches it. The range is rounded outwards to pages. In a forked child it does nothing.
+        It waits for nothing, and a failure is nobody's: what could not be had is asked for again
+        by whoever touches it. The range is rounded outwards to pages. In a forked child nothing is
+        fetched ahead.
 
         Raises:
             UsageError: it is not inside the map, or the map is closed.
@@ -167,10 +171,10 @@ class Map(_Core):  # type: ignore[misc]
 
         ``faults`` says who brings pages: ``thread``, ``signal``, ``loaded`` (nobody: there is no
         userfaultfd, so everything was loaded first), ``parent`` (in a forked child) or ``absent``;
-        ``kernel_faults`` whether system calls can meet missing pages (else they fail with EFAULT), and
-        ``reason`` why not. ``demand_faults``: touches of missing pages; ``failures``: pages that could
-        not be had, ever; ``lost_pages``: those that raise SIGBUS now; ``children``: maps in forked
-        processes that this one serves; ``engine`` and ``template``: what these count.
+        ``kernel_faults`` whether system calls can meet missing pages (else they fail with EFAULT),
+        and ``reason`` why not. ``demand_faults``: touches of missing pages; ``failures``: pages
+        that could not be had, ever; ``lost_pages``: those that raise SIGBUS now; ``children``: maps
+        in forked processes that this one serves; ``engine`` and ``template``: what these count.
         """
         statistics: dict[str, Any] = json.loads(super()._counters())
         if statistics["template"]:
@@ -178,8 +182,8 @@ class Map(_Core):  # type: ignore[misc]
         return statistics
 
     def close(self) -> None:
-        """Closes the map: it can be used no more, but its views can, and are served, until the last of
-        them is gone. Then it is unmapped. Closing twice is fine."""
+        """Closes the map: it can be used no more, but its views can, and are served, until the last
+        of them is gone. Then it is unmapped. Closing twice is fine."""
         super()._close()
 
     def __enter__(self) -> Self:
@@ -205,8 +209,9 @@ class Map(_Core):  # type: ignore[misc]
 
 
 def map(
-    source: str | Template,
+    source: str | Callback | Template,
     *,
+    size: int | None = None,
     layers: Sequence[str] = (),
     writable: bool = False,
     faults: Faults = "auto",
@@ -221,15 +226,17 @@ def map(
             vectors = numpy.frombuffer(memory, dtype="f4").reshape(-1, 768)
 
     Args:
-        source: where the pages come from, as for :class:`pagekit.Template`; or a template, whose
-            pages all its maps share.
+        source: where the pages come from: a spec or a function, as for :class:`pagekit.Template`;
+            or a template, whose pages all its maps share.
+        size: bytes, with a function only.
         layers: pieces around the source, outermost first, as for :class:`pagekit.Template`.
         writable: whether the memory can be written. What is written stays in this process, and in
             this map; the source is never written.
-        faults: who brings a page that is touched. ``"thread"``: a thread of this process. ``"signal"``:
-            the thread itself, in a handler of SIGBUS, which is faster; but system calls that meet a
-            missing page fail with EFAULT, and a thread that blocks SIGBUS is ended. ``"auto"`` is
-            ``"thread"``, or loads everything first where there is no userfaultfd.
+        faults: who brings a page that is touched. ``"thread"``: a thread of this process.
+            ``"signal"``: the thread itself, in a handler of SIGBUS, which is faster; but system
+            calls that meet a missing page fail with EFAULT, and a thread that blocks SIGBUS is
+            ended.
+            ``"auto"`` is ``"thread"``, or loads everything first where there is no userfaultfd.
         page_size: bytes of the memory's own pages: 4096, or 2097152 from the kernel's pool of huge
             pages, which must have room for all of it.
         deadline: seconds after which a page is given up whose fetch still fails.
@@ -237,6 +244,9 @@ def map(
     Users without a right to a full userfaultfd get one for user mode only: system calls that meet a
     missing page (``os.write`` of a view, say) fail with EFAULT; :meth:`Map.populate` first. See
     ``statistics()["kernel_faults"]``, and ``pagekit doctor`` for the knob to turn.
+
+    A function as the source runs in a helper process, which has not got the map: it cannot be
+    passed there (it does not pickle), and one that waits for itself by another way is given up.
 
     Raises:
         UsageError: a spec that means nothing, or arguments that do not fit each other.
@@ -247,6 +257,7 @@ def map(
     """
     return Map(
         source,
+        size=size,
         layers=layers,
         writable=writable,
         faults=faults,

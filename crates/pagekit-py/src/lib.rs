@@ -415,8 +415,8 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<WorkingSet>()?;
     module.add_class::<Recording>()?;
     module.add_class::<Replay>()?;
-    module.add_class::<relay::Relay>()?;
     module.add_class::<map::Map>()?;
+    module.add_class::<relay::Relay>()?;
     module.add_function(wrap_pyfunction!(probe, module)?)?;
     uffd::add_to(module)?;
     Ok(())

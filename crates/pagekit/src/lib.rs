@@ -4,7 +4,7 @@
 //! |---|---|---|
 //! | [`page`], [`page_set`], [`error`], [`thread`] | pages, runs, sets of pages, errors, threads | nothing of ours |
 //! | [`process`] | which process this is, after a fork | error |
-//! | [`source`], [`layer`] | where bytes come from; what wraps them | page, error, thread |
+//! | [`source`], [`layer`] | where bytes come from; what wraps them | page, error, thread, process |
 //! | [`stack`] | spec strings into stacks; names every source and layer | source, layer |
 //! | [`working_set`] | pages demanded before "ready": recording, union, file | page, source |
 //! | [`delivery`] | what userfaultfd can do for this process | `uffd` |
@@ -14,8 +14,8 @@
 //! | [`wire`] | messages between client and server, bytes ↔ values | page |
 //! | [`door`] | the Unix sockets at which clients come in, and who may | error |
 //! | [`client`] | what brings targets: the shim's handshake | engine, wire |
-//! | [`relay`] | a second handler in another process gets faults and events | engine, wire, door |
 //! | [`map`] | memory of this process that fills itself | engine, delivery, process |
+//! | [`relay`] | a second handler in another process gets faults and events | engine, wire, door |
 //! | [`server`] | a template, an engine and a socket together | everything above |
 //!
 //! ARCHITECTURE.md tells the life of one fault; `tests/test_tree.py` checks this table.

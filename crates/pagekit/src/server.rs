@@ -113,7 +113,7 @@ impl Server {
             return Err(Error::usage("there is no way in", "give a socket or a mount point"));
         }
         let engine = Arc::new(Engine::start()?);
-        engine.broadcast(ways.broadcast)?;
+        engine.broadcast(ways.broadcast);
         let (filler, filled) = (Arc::downgrade(&engine), Arc::downgrade(&template));
         engine.on_target(move |target| {
             if let (true, Some(template)) = (target.can_be_filled(), filled.upgrade()) {

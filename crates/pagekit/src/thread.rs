@@ -41,16 +41,6 @@ fn close_range(first: u32, last: Option<u32>) {
     }
 }
 
-/// How much nicer than the rest of the process.
-const NICENESS: i32 = 5;
-
-/// Lets the threads that serve faults go first.
-pub fn be_nice() {
-    // SAFETY: no memory is passed. On Linux this concerns the calling thread alone. A refusal costs
-    // nothing but the courtesy.
-    unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, NICENESS) };
-}
-
 /// All signals of this thread, blocked until dropped. A thread started meanwhile inherits it.
 pub(crate) struct BlockedSignals(libc::sigset_t);
 

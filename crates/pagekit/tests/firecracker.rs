@@ -10,7 +10,7 @@ use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering::SeqCst};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use common::*;
@@ -19,6 +19,7 @@ use pagekit::engine::{Ahead, Engine, Outcome};
 use pagekit::page::{Run, PAGE};
 use pagekit::server::{Address, Server, Ways};
 use pagekit::template::Template;
+use rustix::fs::{flock, FlockOperation};
 use rustix::mm::{madvise, mmap_anonymous, mprotect, Advice, MapFlags, MprotectFlags, ProtFlags};
 use uffd::{passing, Features, RegisterMode, Userfaultfd};
 
@@ -205,7 +206,7 @@ impl Vmm {
     }
 
     fn page(&self, page: u64) -> Vec<u8> {
-        (0..PAGE).map(|at| touch(self.at(page) + at)).collect()
+        touch_all(self.at(page))
     }
 
     /// Its target, once the server has it.
@@ -747,7 +748,7 @@ fn every_byte_is_right_under_load() {
                 .map(|thread| {
                     let (vmm, truth) = (&vmms[thread / 3], &truths[thread / 3]);
                     scope.spawn(move || {
-                        for step in 0..600 {
+                        for step in 0..repetitions(600) {
                             let dice = mix(step << 8 | thread as u64) ^ mix(round);
                             let page = dice % PAGES;
                             match thread % 3 {
@@ -945,7 +946,7 @@ fn a_hundred_thousand_pieces_are_no_trouble() {
     let vmm = Vmm::with(&service, Memory::of(PAGES));
     let began = Instant::now();
     let mut page = 1;
-    for _ in 0..100_000 {
+    for _ in 0..repetitions(100_000) {
         vmm.memory.give_back(page, 1);
         page = (page + 2 * 77_773) % PAGES;
     }
@@ -963,7 +964,8 @@ fn a_hundred_thousand_pieces_are_no_trouble() {
 /// Huge pages that the kernel keeps ready for this test, beside those that it kept anyway.
 struct Pool {
     pages: u64,
-    _alone: MutexGuard<'static, ()>,
+    /// Locks the pool: there is one for all tests that run on this machine.
+    _knob: std::fs::File,
 }
 
 const POOL: &str = "/proc/sys/vm/nr_hugepages";
@@ -975,17 +977,20 @@ fn pool() -> std::io::Result<u64> {
 impl Pool {
     /// None, with a word on why, where there cannot be so many.
     fn of(pages: u64) -> Option<Pool> {
-        static ALONE: Mutex<()> = Mutex::new(());
-        let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
         let skip = |why: String| {
             let _ = writeln!(std::io::stderr(), "skipped: huge pages: {why}");
             assert!(std::env::var_os("PAGEKIT_STRICT").is_none_or(|value| value != "1"), "{why}");
             None
         };
-        if let Err(error) = pool().and_then(|now| std::fs::write(POOL, (now + pages).to_string())) {
-            return skip(format!("{POOL}: {error} (they take root)"));
-        }
-        let pool = Pool { pages, _alone: alone };
+        let knob = std::fs::File::open(POOL).and_then(|knob| {
+            flock(&knob, FlockOperation::LockExclusive)?;
+            pool().and_then(|now| std::fs::write(POOL, (now + pages).to_string()))?;
+            Ok(knob)
+        });
+        let pool = match knob {
+            Ok(knob) => Pool { pages, _knob: knob },
+            Err(error) => return skip(format!("{POOL}: {error} (they take root)")),
+        };
         let free = std::fs::read_to_string("/proc/meminfo").unwrap();
         let free = free.lines().find_map(|line| line.strip_prefix("HugePages_Free:")).unwrap();
         match free.trim().parse::<u64>().unwrap() {

@@ -14,6 +14,7 @@ use pagekit::error::Error;
 use pagekit::map::{Faults, Map, Options};
 use pagekit::page::{Run, PAGE};
 use pagekit::template::Template;
+use rustix::pipe::pipe;
 
 fn mapped(template: &Arc<Template>, options: Options) -> Arc<Map> {
     Map::new(Arc::clone(template), &Arc::new(delivery()), options).unwrap()
@@ -145,7 +146,7 @@ fn a_page_that_was_lost_can_be_had_again() {
 
 /// Writes a page of the map into nothing: the kernel touches it.
 fn write_from(map: &Map, page: u64) -> io::Result<usize> {
-    let (reader, writer) = io::pipe()?;
+    let (reader, writer) = pipe()?;
     // SAFETY: the kernel checks the address, which is inside the map.
     let written = unsafe {
         let at = map.address().add((page * PAGE) as usize);
@@ -325,6 +326,28 @@ fn a_child_drops_what_is_its_own_and_nothing_else() {
     assert_eq!(status, 0);
 }
 
+#[test]
+fn threads_fork_while_maps_come_and_go() {
+    let template = template(128, &["delay=20us"]);
+    let map = mapped(&template, WRITABLE);
+    std::thread::scope(|scope| {
+        for _ in 0..2 {
+            scope.spawn(|| {
+                for page in 0..15 {
+                    assert_eq!(touch(&mapped(&template, WRITABLE), page), first_byte(page));
+                }
+            });
+            scope.spawn(|| {
+                for round in 0..8 {
+                    let all = || shuffled(128).all(|page| touch(&map, page) == first_byte(page));
+                    assert_eq!(child(all), 0, "round {round}");
+                }
+            });
+        }
+    });
+    template.audit().unwrap();
+}
+
 /// Waits until nothing comes from a pipe any more.
 fn drained(pipe: impl Into<OwnedFd>) -> Vec<u8> {
     let mut all = Vec::new();
@@ -336,8 +359,8 @@ fn drained(pipe: impl Into<OwnedFd>) -> Vec<u8> {
 #[test]
 fn an_orphans_missing_pages_raise_sigbus_and_others_stay() {
     let file = template_file(200, &[Run::between(150, 170)]);
-    let (reader, writer) = io::pipe().unwrap();
-    let (gone, going) = io::pipe().unwrap();
+    let (reader, writer) = pipe().unwrap();
+    let (gone, going) = pipe().unwrap();
     // A child makes the map, its child survives it.
     let status = child(|| {
         let template = open(&spec(&file), &[], DEADLINE);
@@ -403,7 +426,7 @@ fn a_bare_clone_does_not_have_it() {
 
 /// Runs `body` in a child whose stderr is a pipe: its status, and what it said.
 fn heard(body: impl FnOnce()) -> (i32, String) {
-    let (reader, writer) = io::pipe().unwrap();
+    let (reader, writer) = pipe().unwrap();
     let status = child(|| {
         // SAFETY: both are open; the child's own stderr.
         unsafe {
@@ -435,6 +458,10 @@ fn a_touch_of_what_cannot_be_had_ends_the_process_with_a_word() {
 
 #[test]
 fn what_children_lose_is_told_there() {
+    // Without it, a child that touches such a page is killed.
+    if !need("POISON") {
+        return;
+    }
     let file = template_file(64, &[]);
     let template = open(&spec(&file), &["fail=page:17"], std::time::Duration::ZERO);
     let map = mapped(&template, Options::default());

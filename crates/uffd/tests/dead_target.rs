@@ -76,10 +76,10 @@ fn is_gone(child: &Userfaultfd, memory: &Mapping) {
     assert_stopped(child.copy(start, &page(1)), 0, Errno::SRCH);
     assert_stopped(child.zeropage(start, len), 0, Errno::SRCH);
     assert_stopped(child.continue_(start, len), 0, Errno::SRCH);
-    if need("POISON") {
+    if support().has("POISON") {
         assert_stopped(child.poison(start, len), 0, Errno::SRCH);
     }
-    if need("MOVE") {
+    if support().has("MOVE") {
         // Nobody but the process itself moves its pages.
         assert_stopped(child.move_pages(start, memory.at(0), len), 0, Errno::INVAL);
     }

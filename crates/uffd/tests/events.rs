@@ -23,7 +23,7 @@ fn nothing_is_filled_while_an_event_is_unread() {
     let target = Registered::with(memory, Features::EVENT_REMOVE, mode);
     let (uffd, memory) = (&target.uffd, &target.memory);
     let page_of = |at: usize| (memory.at(at), memory.pages(1));
-    let protected = need("PAGEFAULT_FLAG_WP").then(|| {
+    let protected = support().has("PAGEFAULT_FLAG_WP").then(|| {
         let anonymous = Mapping::anonymous(1);
         uffd.register(anonymous.start, anonymous.bytes(), RegisterMode::WP).unwrap();
         anonymous
@@ -34,10 +34,10 @@ fn nothing_is_filled_while_an_event_is_unread() {
     assert_stopped(uffd.copy(start, &page(1)), 0, Errno::AGAIN);
     assert_stopped(uffd.zeropage(start, len), 0, Errno::AGAIN);
     assert_stopped(uffd.continue_(memory.at(4), len), 0, Errno::AGAIN);
-    if need("POISON") {
+    if support().has("POISON") {
         assert_stopped(uffd.poison(start, len), 0, Errno::AGAIN);
     }
-    if need("MOVE") {
+    if support().has("MOVE") {
         assert_stopped(uffd.move_pages(start, memory.at(2), len), 0, Errno::AGAIN);
     }
     if let Some(anonymous) = &protected {

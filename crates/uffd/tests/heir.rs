@@ -36,6 +36,9 @@ fn close(closed: &OwnedFd) {
 
 #[test]
 fn who_waits_and_who_comes_later_gets_an_error() {
+    if !need("POISON") {
+        return;
+    }
     let memory = Mapping::anonymous(8);
     let uffd = negotiated(Features::NONE);
     uffd.register(memory.start, memory.bytes(), RegisterMode::MISSING).unwrap();
@@ -56,6 +59,9 @@ fn who_waits_and_who_comes_later_gets_an_error() {
 
 #[test]
 fn writers_go_on_and_events_are_taken() {
+    if !need("PAGEFAULT_FLAG_WP") || !need("EVENT_UNMAP") {
+        return;
+    }
     let memory = Mapping::anonymous(8);
     let uffd = negotiated(Features::PAGEFAULT_FLAG_WP | Features::EVENT_UNMAP);
     let both = RegisterMode::MISSING | RegisterMode::WP;

@@ -276,7 +276,10 @@ fn entries_of_the_pagemap() {
         assert_eq!(entry(1).file(), kind.is_shared());
         assert!(entry(1).exclusive());
         assert!(!entry(1).swapped() && !entry(1).write_protected() && !entry(1).guard());
-        assert_eq!((entry(0).frame(), entry(1).frame() != 0), (0, need_root()));
+        assert_eq!(
+            (entry(0).frame(), entry(1).frame() != 0),
+            (0, rustix::process::geteuid().is_root())
+        );
         let count = memory.len / PAGE;
         assert_eq!(pagemap.entries(memory.start, count).unwrap().len(), count);
         assert_eq!(
@@ -295,4 +298,32 @@ fn a_kernel_without_it_says_so() {
         let outcome = Pagemap::of_self().unwrap().scan(memory.at(0), memory.at(1), &WRITTEN);
         assert_errno(outcome, Errno::NOTTY);
     }
+}
+
+/// Guard pages (6.13) are seen as such by the pagemap (6.15) and by scans (6.16). Touching one is no
+/// fault that a userfaultfd would be told of; but COPY puts memory there, and the guard is gone.
+#[test]
+fn guard_pages() {
+    const GUARD_INSTALL: i32 = 102;
+    if running() < (6, 16) {
+        return;
+    }
+    let target = Registered::anonymous(3, Features::NONE);
+    let (uffd, memory) = (&target.uffd, &target.memory);
+    // SAFETY: a page of this test, which only the kernel touches from now on.
+    let guarded = unsafe { libc::madvise(memory.at(1) as *mut _, PAGE, GUARD_INSTALL) };
+    assert_eq!(guarded, 0, "{}", std::io::Error::last_os_error());
+    let entries = Pagemap::of_self().unwrap().entries(memory.start, 3).unwrap();
+    let guard: Vec<bool> = entries.iter().map(|entry| entry.guard()).collect();
+    assert_eq!(guard, [false, true, false]);
+    if need("PAGEMAP_SCAN") {
+        let asked = Scan { all_of: Categories::GUARD, ..Scan::default() };
+        assert_eq!(numbers(memory, &scan(memory, 0, 3, &asked)), [(1, 2)]);
+    }
+    assert_errno(touch_in_kernel(memory.at(1)), Errno::FAULT);
+    target.assert_silent();
+    assert_stopped(uffd.zeropage(memory.at(1), PAGE as u64), 0, Errno::EXIST);
+    assert_errno(touch_in_kernel(memory.at(1)), Errno::FAULT);
+    assert_done(uffd.copy(memory.at(1), &page(1)), PAGE);
+    memory.assert_content(1, 1);
 }

@@ -59,12 +59,7 @@ impl Target {
             };
             let part = Run { pages: piece.min(ahead.rest.pages), ..ahead.rest };
             std::thread::yield_now();
-            let regions = self.regions();
-            let end = match self.template.check() {
-                Ok(()) => self.install_part(&regions, part, &mut ahead.installed),
-                Err(_) => End::Over,
-            };
-            drop(regions);
+            let end = self.install_piece(part, &mut ahead.installed);
             let next = match end {
                 End::Done => part.end(),
                 End::Blocked(page) => page,
@@ -75,9 +70,31 @@ impl Target {
                 break;
             }
         }
-        self.ahead.fetch_add(ahead.installed, Relaxed);
-        shared.ahead.fetch_add(ahead.installed, Relaxed);
+        self.count_ahead(shared, ahead.installed);
         ahead
+    }
+
+    /// As [`Self::install_ahead`], but in one piece, and without letting anybody go first. Says how many
+    /// pages were put there.
+    pub(super) fn install_at_once(&self, shared: &Shared, run: Run) -> u64 {
+        let mut installed = 0;
+        // What could not be done now is for demand.
+        let _ = self.install_piece(run, &mut installed);
+        self.count_ahead(shared, installed);
+        installed
+    }
+
+    fn count_ahead(&self, shared: &Shared, pages: u64) {
+        self.ahead.fetch_add(pages, Relaxed);
+        shared.ahead.fetch_add(pages, Relaxed);
+    }
+
+    fn install_piece(&self, run: Run, installed: &mut u64) -> End {
+        let regions = self.regions();
+        match self.template.check() {
+            Ok(()) => self.install_part(&regions, run, installed),
+            Err(_) => End::Over,
+        }
     }
 
     /// Fills what of `run` can be had at once, wherever it belongs.

@@ -29,8 +29,8 @@ use std::collections::HashMap;
 use std::io::{self, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::panic::{catch_unwind, AssertUnwindSafe};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicU8, Ordering::Relaxed};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -41,7 +41,6 @@ use crate::error::{Error, Result};
 use crate::page::Run;
 use crate::template::Fetch;
 pub use ahead::Ahead;
-use broadcast::Broadcast;
 use deputy::Deputy;
 pub use outcome::{Histogram, Outcome, Outcomes};
 use placement::Placement;
@@ -113,8 +112,10 @@ pub(crate) struct Shared {
     ahead: AtomicU64,
     /// Told of every target that a client brings.
     greeter: Mutex<Option<Greeter>>,
-    /// Puts what one target demands into its siblings, if that is wanted.
-    broadcast: OnceLock<Arc<Broadcast>>,
+    /// What is put into siblings: a [`broadcast::Policy`].
+    broadcast: AtomicU8,
+    /// Pages that came so.
+    spread: AtomicU64,
     /// The second handler, if there is one.
     deputy: RwLock<Option<Arc<dyn Deputy>>>,
     /// Whether a target may have deferred faults, so that the loop need not look for them in vain.
@@ -203,7 +204,8 @@ impl Engine {
                 faults: AtomicU64::new(0),
                 ahead: AtomicU64::new(0),
                 greeter: Mutex::default(),
-                broadcast: OnceLock::new(),
+                broadcast: AtomicU8::new(0),
+                spread: AtomicU64::new(0),
                 deputy: RwLock::default(),
                 deferred: AtomicBool::new(false),
                 outcomes: Arc::default(),
@@ -354,7 +356,7 @@ impl Engine {
             targets_ever: self.shared.ever.load(Relaxed),
             ahead_pages: self.shared.ahead.load(Relaxed),
             stays: self.shared.placement.stays(),
-            broadcast_pages: self.shared.broadcast_pages(),
+            broadcast_pages: self.shared.spread.load(Relaxed),
             reports: self.shared.reports.lock().unwrap_or_else(PoisonError::into_inner).clone(),
         }
     }
@@ -370,9 +372,6 @@ impl Engine {
             let _ = thread.join();
         }
         self.shared.placement.stop();
-        if let Some(broadcast) = self.shared.broadcast.get() {
-            broadcast.stop();
-        }
         self.shared.workers.stop();
         self.shared.targets().clear();
         self.shared.fewer_targets.notify_all();

@@ -26,7 +26,7 @@ use std::time::{Duration, Instant};
 
 use super::{Fetch, Template};
 use crate::error::{Error, Result};
-use crate::page::{coalesce, complement, find, union, Run, PAGE};
+use crate::page::{coalesce, find, union, Run, PAGE};
 use crate::working_set::WorkingSet;
 
 /// Pages of an extent at most: 512 KiB.
@@ -39,6 +39,8 @@ const ASKED_PER_BRIDGED: u64 = 10;
 const LEFT_TO_DEMAND: usize = 2;
 /// Requests at once at most.
 const MOST_PARALLEL: usize = 64;
+/// How much nicer than the rest of the process.
+const NICENESS: i32 = 5;
 /// A sink that could not take pages is asked again after this time.
 const SINK_PAUSE: Duration = Duration::from_millis(2);
 
@@ -274,9 +276,11 @@ impl Replay {
         }
     }
 
-    /// Those of `runs` (rising, not overlapping) that are of the set, fetched yet or not.
-    pub(crate) fn of_its_set(&self, runs: &[Run]) -> Vec<Run> {
-        runs.iter().flat_map(|run| complement(*run, &complement(*run, &self.set))).collect()
+    /// What of `run` is of the set, fetched yet or not.
+    pub(crate) fn of_its_set(&self, run: Run) -> Vec<Run> {
+        let after = self.set.partition_point(|one| one.end() <= run.start);
+        let near = self.set[after..].iter().take_while(|one| one.start < run.end());
+        near.map(|one| Run::between(one.start.max(run.start), one.end().min(run.end()))).collect()
     }
 
     /// Counters, now.
@@ -297,7 +301,7 @@ impl Replay {
     }
 
     fn work(self: Arc<Self>) {
-        crate::thread::be_nice();
+        be_nice();
         let _working = Working(&self);
         loop {
             let at = self.next.fetch_add(1, Relaxed);
@@ -362,7 +366,7 @@ impl Replay {
 
     /// Brings fetched pages into the sinks, each in turn, until all have all.
     fn fill_sinks(self: Arc<Self>) {
-        crate::thread::be_nice();
+        be_nice();
         loop {
             let (mut sinks, news) = {
                 let mut state = self.lock();
@@ -429,6 +433,13 @@ impl Drop for Working<'_> {
         drop(state);
         self.0.changed.notify_all();
     }
+}
+
+/// Lets the threads that serve faults go first.
+fn be_nice() {
+    // SAFETY: no memory is passed. On Linux this concerns the calling thread alone. A refusal costs
+    // nothing but the courtesy.
+    unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, NICENESS) };
 }
 
 /// The pages of `phases` in extents of at most `longest` pages, by the earliest phase of each.

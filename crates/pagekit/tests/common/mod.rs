@@ -65,13 +65,19 @@ pub const BOTH: [&str; 2] = ["copy", "share"];
 
 /// The content of a page of every template file: never zero, different on every page.
 pub fn content(page: u64) -> Vec<u8> {
-    let word =
-        |at: u64| ((page * 512 + at + 1).wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1).to_ne_bytes();
-    (0..PAGE / 8).flat_map(word).collect()
+    let mut bytes = Vec::with_capacity(PAGE as usize);
+    for at in 0..PAGE / 8 {
+        bytes.extend_from_slice(&word(page, at));
+    }
+    bytes
+}
+
+fn word(page: u64, at: u64) -> [u8; 8] {
+    ((page * 512 + at + 1).wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1).to_ne_bytes()
 }
 
 pub fn first_byte(page: u64) -> u8 {
-    content(page)[0]
+    word(page, 0)[0]
 }
 
 /// A template file of `pages` pages, of which those of `holes` were never written.
@@ -242,7 +248,7 @@ impl Served {
 
     /// The whole page, read by this thread.
     pub fn page(&self, page: u64) -> Vec<u8> {
-        (0..PAGE).map(|at| touch(self.at(page) + at)).collect()
+        touch_all(self.at(page))
     }
 }
 
@@ -258,6 +264,12 @@ impl Drop for Served {
 pub fn touch(address: u64) -> u8 {
     // SAFETY: the test maps the address; the read may wait for a fault to be served.
     unsafe { std::ptr::read_volatile(address as *const u8) }
+}
+
+/// The page at an address, read by this thread.
+pub fn touch_all(address: u64) -> Vec<u8> {
+    // SAFETY: the test maps the whole page; the read may wait for its fault.
+    unsafe { std::ptr::read_volatile(address as *const [u8; PAGE as usize]) }.to_vec()
 }
 
 pub fn put(address: u64, value: u8) {
@@ -332,13 +344,25 @@ pub fn playing(role: &str) -> bool {
     std::env::var_os(ROLE).is_some_and(|playing| playing == role)
 }
 
-/// A hanging test must not hang the whole run: the process ends itself, loudly. PAGEKIT_TEST_SECONDS
-/// is how long it may take on machines that are slow.
+/// What PAGEKIT_TEST_SECONDS says: how long this program may take on a machine that is slow.
+fn given_time() -> Option<Duration> {
+    let given = std::env::var("PAGEKIT_TEST_SECONDS").ok()?;
+    given.parse().ok().map(Duration::from_secs)
+}
+
+/// So many repetitions, or the tenth of it where instructions are emulated.
+pub fn repetitions(usual: u64) -> u64 {
+    match given_time() {
+        Some(_) => usual / 10,
+        None => usual,
+    }
+}
+
+/// A hanging test must not hang the whole run: the process ends itself, loudly.
 fn watch() {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| {
-        let given = std::env::var("PAGEKIT_TEST_SECONDS").ok().and_then(|text| text.parse().ok());
-        let limit = given.map_or(3 * PATIENCE, Duration::from_secs);
+        let limit = given_time().unwrap_or(3 * PATIENCE);
         std::thread::spawn(move || {
             std::thread::sleep(limit);
             let _ = writeln!(io::stderr(), "a test hangs: giving up");

@@ -24,9 +24,14 @@ pub fn skip(need: &str, why: &str) {
 }
 
 fn say(need: &str, why: &str) {
-    let test = std::thread::current().name().unwrap_or("test").to_owned();
-    // Not by eprintln!, which shows nothing of a test that passes.
-    let _ = writeln!(std::io::stderr(), "skipped: {test}: {need}: {why}");
+    let thread = std::thread::current();
+    let test = match thread.name() {
+        // One test at a time: the harness names it.
+        None | Some("main") => String::new(),
+        Some(name) => format!("{name}: "),
+    };
+    // Not by eprintln!, which shows nothing of a test that passes; and in one piece.
+    let _ = std::io::stderr().write_all(format!("skipped: {test}{need}: {why}\n").as_bytes());
 }
 
 /// Whether a feature of the table is there; says so if it is not.
@@ -57,6 +62,16 @@ pub fn need(name: &str) -> bool {
 pub fn lacking(name: &str) -> bool {
     assert!(Feature::named(name).is_some(), "{name} is not in the table");
     !support().has(name)
+}
+
+/// Whether the kernel is so new, for mistakes of older ones that no feature tells of; says so if not.
+#[must_use]
+pub fn need_kernel(since: (u32, u32), what: &str) -> bool {
+    let there = running() >= since;
+    if !there {
+        say(what, &format!("right since Linux {}.{}", since.0, since.1));
+    }
+    there
 }
 
 /// The kernel's release, major and minor.
@@ -90,73 +105,83 @@ pub struct Pool {
 
 const KNOB: &str = "/proc/sys/vm/nr_hugepages";
 
-#[derive(Debug, Default)]
+/// What children of other tests may keep for a moment after it was given back.
+const SPARE: usize = 8;
+
+#[derive(Debug)]
 struct Held {
-    users: usize,
-    lock: Option<File>,
+    /// The knob, locked, and what it was.
+    knob: Option<(File, usize)>,
+    /// Of all users together.
+    pages: usize,
 }
 
-static HELD: Mutex<Held> = Mutex::new(Held { users: 0, lock: None });
+static HELD: Mutex<Held> = Mutex::new(Held { knob: None, pages: 0 });
 
 impl Pool {
     /// So many pages of the default size, 2 MiB; none, with the reason printed, where it cannot be had.
     pub fn of(pages: usize) -> Option<Pool> {
         let mut held = HELD.lock().unwrap_or_else(PoisonError::into_inner);
-        match Pool::take(&mut held, pages) {
-            Ok(()) => {
-                held.users += 1;
-                Some(Pool { pages })
-            }
+        let taken = held.take(pages);
+        drop(held);
+        match taken {
+            Ok(()) => Some(Pool { pages }),
             Err(why) => {
-                if held.users == 0 {
-                    held.lock = None;
-                }
-                drop(held);
                 skip("huge pages", &why);
                 None
             }
         }
     }
-
-    fn take(held: &mut Held, pages: usize) -> Result<(), String> {
-        if meminfo("Hugepagesize:") != super::HUGE / 1024 {
-            return Err("this kernel has none, or of another size".to_owned());
-        }
-        if held.lock.is_none() {
-            let file = File::options().read(true).write(true).open(KNOB);
-            let file = file.map_err(|error| format!("{KNOB}: {error} (it takes root)"))?;
-            flock(file.as_fd(), FlockOperation::LockExclusive)
-                .map_err(|error| error.to_string())?;
-            held.lock = Some(file);
-        }
-        change(pages as isize).map_err(|error| format!("{KNOB}: {error} (it takes root)"))?;
-        if meminfo("HugePages_Free:").saturating_sub(meminfo("HugePages_Rsvd:")) < pages {
-            let _ = change(-(pages as isize));
-            return Err(format!("the kernel has no {pages} of them left"));
-        }
-        Ok(())
-    }
 }
 
 impl Drop for Pool {
     fn drop(&mut self) {
-        let mut held = HELD.lock().unwrap_or_else(PoisonError::into_inner);
-        // Pages that are still in use leave the pool when they are free.
-        let _ = change(-(self.pages as isize));
-        held.users -= 1;
-        if held.users == 0 {
-            held.lock = None;
+        HELD.lock().unwrap_or_else(PoisonError::into_inner).give_back(self.pages);
+    }
+}
+
+impl Held {
+    fn take(&mut self, pages: usize) -> Result<(), String> {
+        let meminfo = std::fs::read_to_string("/proc/meminfo").unwrap();
+        let size = meminfo.lines().find_map(|line| line.strip_prefix("Hugepagesize:"));
+        if size.map(str::trim) != Some("2048 kB") {
+            return Err("this kernel has none, or of another size".to_owned());
+        }
+        let explained = |error: std::io::Error| format!("{KNOB}: {error} (it takes root)");
+        if self.knob.is_none() {
+            let knob = File::options().read(true).write(true).open(KNOB).map_err(explained)?;
+            flock(knob.as_fd(), FlockOperation::LockExclusive).map_err(|e| explained(e.into()))?;
+            self.knob = Some((knob, value().map_err(explained)?));
+        }
+        self.pages += pages;
+        let outcome = self.set().map_err(explained).and_then(|enough| match enough {
+            true => Ok(()),
+            false => Err(format!("the kernel has no {} of them left", self.pages)),
+        });
+        if outcome.is_err() {
+            self.give_back(pages);
+        }
+        outcome
+    }
+
+    /// Sets the knob to what is wanted, and says whether the kernel has it.
+    fn set(&self) -> std::io::Result<bool> {
+        let before = self.knob.as_ref().map_or(0, |(_, before)| *before);
+        let wanted = before + self.pages + if self.pages > 0 { SPARE } else { 0 };
+        std::fs::write(KNOB, wanted.to_string())?;
+        Ok(value()? >= wanted)
+    }
+
+    /// Pages that are still in use leave the pool when they are free.
+    fn give_back(&mut self, pages: usize) {
+        self.pages -= pages;
+        let _ = self.set();
+        if self.pages == 0 {
+            self.knob = None;
         }
     }
 }
 
-fn change(by: isize) -> std::io::Result<()> {
-    let now: usize = std::fs::read_to_string(KNOB)?.trim().parse().unwrap_or(0);
-    std::fs::write(KNOB, now.saturating_add_signed(by).to_string())
-}
-
-fn meminfo(name: &str) -> usize {
-    let text = std::fs::read_to_string("/proc/meminfo").unwrap();
-    let line = text.lines().find_map(|line| line.strip_prefix(name)).unwrap_or("0");
-    line.split_whitespace().next().and_then(|number| number.parse().ok()).unwrap_or(0)
+fn value() -> std::io::Result<usize> {
+    Ok(std::fs::read_to_string(KNOB)?.trim().parse().unwrap_or(0))
 }

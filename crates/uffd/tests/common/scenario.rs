@@ -1,5 +1,6 @@
 //! What holds on every kind of memory, so that the files of several features run the same.
 
+use rustix::mm::Advice;
 use uffd::{Cause, Errno, Features, How, Operations, RegisterMode};
 
 use super::*;
@@ -167,8 +168,8 @@ pub fn write_protection(memory: Mapping, features: Features) {
     assert_errno(uffd.protect(memory.at(0), memory.pages(1)), Errno::NOENT);
 }
 
-/// What a child sees of its parent's protection: nothing, unless EVENT_FORK was negotiated. `pinned`
-/// has the page copied in the fork itself.
+/// What a child sees of its parent's protection: nothing, unless EVENT_FORK was negotiated; of a page that
+/// is there, and of one that was. `pinned` has the page copied in the fork itself.
 pub fn protection_and_fork(memory: Mapping, with_event: bool, pinned: bool) {
     let features = match with_event {
         true => Features::EVENT_FORK,
@@ -185,17 +186,24 @@ pub fn protection_and_fork(memory: Mapping, with_event: bool, pinned: bool) {
         false => None,
     };
     uffd.protect(memory.at(0), memory.pages(1)).unwrap();
-    let thread = forking(|| 0);
-    let child_uffd = with_event.then(|| match next_event(uffd) {
-        Event::Fork(child) => child,
-        other => panic!("{other:?}"),
-    });
-    let child = thread.join().unwrap();
-    let entries = Pagemap::of(child.pid).unwrap().entries(memory.at(0), 1).unwrap();
-    assert_eq!(entries[0].write_protected(), with_event, "in the child: {:?}", entries[0]);
-    assert!(protected(memory.at(0)), "in the parent");
-    drop(child_uffd);
-    assert_eq!(child.end(), Ok(0));
+    for zapped in [false, true] {
+        if zapped {
+            // Out of the page table, where the kernel can: protection stays in its place.
+            let file = memory.file.is_some();
+            memory.advise(if file { Advice::LinuxDontNeed } else { Advice::LinuxPageOut });
+        }
+        let thread = forking(|| 0);
+        let child_uffd = with_event.then(|| match next_event(uffd) {
+            Event::Fork(child) => child,
+            other => panic!("{other:?}"),
+        });
+        let child = thread.join().unwrap();
+        let entries = Pagemap::of(child.pid).unwrap().entries(memory.at(0), 1).unwrap();
+        assert_eq!(entries[0].write_protected(), with_event, "in the child: {:?}", entries[0]);
+        assert!(protected(memory.at(0)), "in the parent");
+        drop(child_uffd);
+        assert_eq!(child.end(), Ok(0));
+    }
     if let Some(pin) = pin {
         pin.end();
     }
