@@ -563,16 +563,16 @@ fn a_vmm_may_die_at_every_step() {
 
 #[test]
 fn fifty_thousand_regions_are_no_trouble() {
-    const REGIONS: u64 = 50_000;
+    let count = repetitions(50_000);
     let service = service(open("zero:400M", &["pass"], DEADLINE));
     // One mapping, in regions of a page or two, in wild order.
     let uffd = negotiated(Features::EVENT_REMOVE);
-    let mapping = Mapping::anonymous(2 * REGIONS);
+    let mapping = Mapping::anonymous(2 * count);
     uffd.register(mapping.start, mapping.bytes, RegisterMode::MISSING).unwrap();
-    let mut regions: Vec<Region> = (0..REGIONS)
+    let mut regions: Vec<Region> = (0..count)
         .map(|at| {
             let size = (1 + mix(at) % 2) * PAGE;
-            Region { start: mapping.at(2 * at), size, offset: 2 * PAGE * (REGIONS - 1 - at) }
+            Region { start: mapping.at(2 * at), size, offset: 2 * PAGE * (count - 1 - at) }
         })
         .collect();
     regions.sort_by_key(|region| mix(region.start));
@@ -594,7 +594,7 @@ fn fifty_thousand_regions_are_no_trouble() {
     }
     // One too few is registered.
     let _socket = sender.join().unwrap();
-    uffd.unregister(mapping.at(2 * REGIONS - 2), PAGE).unwrap();
+    uffd.unregister(mapping.at(2 * count - 2), PAGE).unwrap();
     let socket = service.connect();
     send(&socket, &message(&regions, PAGE), &[uffd.as_fd()]);
     assert_disconnected(&socket);
