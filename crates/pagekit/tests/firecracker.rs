@@ -588,7 +588,7 @@ fn fifty_thousand_regions_are_no_trouble() {
     });
     until("it is a target", || service.engine().targets() == 1);
     let taken = began.elapsed();
-    assert!(taken < Duration::from_secs(8), "{taken:?}");
+    assert!(taken < allowed(Duration::from_secs(8)), "{taken:?}");
     for region in regions.iter().step_by(997) {
         assert_eq!(touch(region.start), 0);
     }
@@ -955,7 +955,7 @@ fn a_hundred_thousand_pieces_are_no_trouble() {
         assert_eq!(vmm.touch(mix(step) % PAGES), 0);
     }
     let all = began.elapsed();
-    assert!(all < Duration::from_secs(30), "{given_back:?}, {all:?}");
+    assert!(all < allowed(Duration::from_secs(30)), "{given_back:?}, {all:?}");
     assert_all_counted(service.engine());
 }
 

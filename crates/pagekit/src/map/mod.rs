@@ -655,6 +655,13 @@ impl Map {
                         },
                     }));
                 }
+                // Taken away where the kernel cannot poison: a touch would end the process.
+                Err(_) if self.ward().is_some_and(Ward::orphaned) => {
+                    return Err(Arc::new(Error::Unavailable {
+                        what: format!("page {page} cannot be had"),
+                        error: std::io::Error::other("the process that served it has ended"),
+                    }))
+                }
                 // The kernel may not wait here, or does not know the call: a touch of our own.
                 // SAFETY: inside the map, and readable.
                 Err(_) => drop(unsafe { std::ptr::read_volatile(self.at(page) as *const u8) }),
