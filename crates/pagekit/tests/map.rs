@@ -326,6 +326,28 @@ fn a_child_drops_what_is_its_own_and_nothing_else() {
     assert_eq!(status, 0);
 }
 
+#[test]
+fn threads_fork_while_maps_come_and_go() {
+    let template = template(128, &["delay=20us"]);
+    let map = mapped(&template, WRITABLE);
+    std::thread::scope(|scope| {
+        for _ in 0..2 {
+            scope.spawn(|| {
+                for page in 0..15 {
+                    assert_eq!(touch(&mapped(&template, WRITABLE), page), first_byte(page));
+                }
+            });
+            scope.spawn(|| {
+                for round in 0..8 {
+                    let all = || shuffled(128).all(|page| touch(&map, page) == first_byte(page));
+                    assert_eq!(child(all), 0, "round {round}");
+                }
+            });
+        }
+    });
+    template.audit().unwrap();
+}
+
 /// Waits until nothing comes from a pipe any more.
 fn drained(pipe: impl Into<OwnedFd>) -> Vec<u8> {
     let mut all = Vec::new();
@@ -439,6 +461,10 @@ fn a_touch_of_what_cannot_be_had_ends_the_process_with_a_word() {
 
 #[test]
 fn what_children_lose_is_told_there() {
+    // Without it, a child that touches such a page is killed.
+    if !need("POISON") {
+        return;
+    }
     let file = template_file(64, &[]);
     let template = open(&spec(&file), &["fail=page:17"], std::time::Duration::ZERO);
     let map = mapped(&template, Options::default());
