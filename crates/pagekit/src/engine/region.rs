@@ -14,8 +14,8 @@
 //! - In both cases zeros belong there if the memory is anonymous. A file may have anything there.
 //! - Mappings, moves and forks are told when the kernel has given its lock back. If two threads of a target
 //!   do such things at once and one takes the addresses that the other has just left, the events may come
-//!   in another order than they happened, and nobody can tell what is where. (No program that waits for
-//!   mremap or munmap to return before it uses the addresses does that to itself.)
+//!   in another order than they happened, and nobody can tell what is where. (It takes addresses that the
+//!   kernel chose, or a thread that does not wait for the other's call to return.)
 //! - MADV_DONTNEED of shared memory is told as MADV_REMOVE is, and holes that are punched by fallocate are
 //!   not told: they read what belonged there before. So does what one process removed of memory that it
 //!   shares with another, in the other.
