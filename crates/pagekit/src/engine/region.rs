@@ -6,6 +6,21 @@
 //! that gives back single pages here and there (a balloon) leaves pieces by the hundred thousand, so
 //! pieces that go on where their neighbour ends are joined again.
 //!
+//! What the events leave open, and what follows:
+//! - A move is told, and what it leaves behind is told to be unmapped. If that is not told, it was not
+//!   (MREMAP_DONTUNMAP), and the old range is still registered.
+//! - Growth is not told. It is found by asking the kernel whether an unknown address is one mapping with
+//!   what is known before it.
+//! - In both cases zeros belong there if the memory is anonymous. A file may have anything there.
+//! - Mappings, moves and forks are told when the kernel has given its lock back. If two threads of a target
+//!   do such things at once and one takes the addresses that the other has just left, the events may come
+//!   in another order than they happened, and nobody can tell what is where. (It takes addresses that the
+//!   kernel chose, or a thread that does not wait for the other's call to return.)
+//! - MADV_DONTNEED of shared memory is told as MADV_REMOVE is, and holes that are punched by fallocate are
+//!   not told: they read what belonged there before. So does what one process removed of memory that it
+//!   shares with another, in the other.
+//! - Without EVENT_UNMAP what was unmapped stays in the map, and growth into it is taken for it.
+//!
 //! The way back, from pages to addresses, is for filling ahead only. It is not kept up to date: a
 //! *home* is where the client put pages of the template, and the pieces say whether they still belong
 //! there. What was moved since is not found, and faults.
