@@ -165,6 +165,26 @@ def slow(offset: int, length: int) -> bytes:
     return numbered(offset, length)
 
 
+def touching(offset: int, length: int) -> bytes:
+    """Reads the memory of the process that it serves, at the very place that it is asked for."""
+    address = int(Path(os.environ["PAGEKIT_TEST_FILE"]).read_text()) + offset
+    page = ctypes.create_string_buffer(length)
+    vector = ctypes.c_size_t * 2
+    ours, theirs = vector(ctypes.addressof(page), length), vector(address, length)
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.process_vm_readv(os.getppid(), ours, 1, theirs, 1, 0) != length:
+        raise OSError(ctypes.get_errno(), "process_vm_readv")
+    return page.raw
+
+
+def peeking(offset: int, length: int) -> bytes:
+    """The same, as a debugger does it."""
+    address = int(Path(os.environ["PAGEKIT_TEST_FILE"]).read_text()) + offset
+    with Path(f"/proc/{os.getppid()}/mem").open("rb", buffering=0) as memory:
+        memory.seek(address)
+        return memory.read(length)
+
+
 def of_the_map_itself(offset: int, length: int) -> bytes:
     """Asks the process that has the map of this function for the very bytes that it is to make."""
     with socket.socket(socket.AF_UNIX) as asking:

@@ -221,7 +221,7 @@ def test_many_threads_touch_and_many_handle() -> None:
     parts = [view[at * PAGES * PAGE : (at + 4) * PAGES * PAGE] for at in range(13)]
     with uffd.Userfaultfd(["THREAD_ID"]) as faults:
         faults.register(memory)
-        with filled(faults), running(lambda: suppress_closed(faults)):
+        with filled(faults), running(lambda: handle_too(faults)):
             threads = [threading.Thread(target=touch, args=[part]) for part in parts]
             for thread in threads:
                 thread.start()
@@ -232,8 +232,8 @@ def test_many_threads_touch_and_many_handle() -> None:
     assert memory[:] == wanted(16 * PAGES)
 
 
-def suppress_closed(faults: uffd.Userfaultfd) -> None:
-    """A second handler; when it is closed there is nothing to iterate."""
+def handle_too(faults: uffd.Userfaultfd) -> None:
+    """A second handler, which may be at something when the userfaultfd is closed."""
     ranges = tuple(one.range for one in faults.registrations)
     with suppress(errors.UsageError):
         handlers.fill(faults, ranges)

@@ -104,6 +104,14 @@ fn done(progress: Progress) -> Done {
     (progress.done, progress.errno.map_or(0, Errno::raw_os_error))
 }
 
+fn closed() -> PyErr {
+    Python::attach(|py| {
+        let class = py.import("pagekit.errors").and_then(|errors| errors.getattr("UsageError"));
+        let error = class.and_then(|class| class.call1(("the userfaultfd is closed",)));
+        error.map_or_else(|failure| failure, PyErr::from_value)
+    })
+}
+
 struct Open {
     uffd: uffd::Userfaultfd,
     /// An eventfd: readable when it is closed, for those who wait.
@@ -125,7 +133,7 @@ impl Userfaultfd {
     /// Kept by whoever uses it: the descriptor's number is free again only when all are done.
     fn get(&self) -> PyResult<Arc<Open>> {
         let open = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        open.clone().ok_or_else(|| PyValueError::new_err("it is closed"))
+        open.clone().ok_or_else(closed)
     }
 
     fn resolve(
@@ -363,7 +371,7 @@ impl Userfaultfd {
         Ok(detached(py, || open.uffd.is_alive(address)))
     }
 
-    /// At most `most` events; an empty list when the time is over, none when it was closed meanwhile.
+    /// At most `most` events; an empty list when the time is over, none when it is closed.
     fn read(
         &self,
         py: Python<'_>,
@@ -375,7 +383,7 @@ impl Userfaultfd {
             Some(Ok(time)) => Instant::now().checked_add(time),
             Some(Err(error)) => return Err(PyValueError::new_err(format!("timeout: {error}"))),
         };
-        let open = self.get()?;
+        let Ok(open) = self.get() else { return Ok(None) };
         loop {
             match detached(py, || open.read(until, most)).map_err(refusal)? {
                 Outcome::Events(events) => return Ok(Some(events)),
