@@ -22,7 +22,7 @@ demo: setup ## boot twenty sandboxes from one template, and compare (ARGS=--json
 	@.venv/bin/pagekit demo $(ARGS)
 
 test: lint ## set up everything; lints, Rust tests, Python tests (ARGS="-k share": arguments of pytest)
-	cargo test --quiet --locked --workspace
+	PAGEKIT_STRICT=$(STRICT) cargo test --quiet --locked --workspace
 	PAGEKIT_STRICT=$(STRICT) .venv/bin/pytest $(ARGS)
 
 kernels: setup-test ## the Rust tests in guests with Debian's oldest and newest kernel, minutes each (ARGS="--kernel 6.12", --list)

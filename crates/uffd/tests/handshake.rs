@@ -4,7 +4,10 @@ mod common;
 
 use common::*;
 use rustix::event::{poll, PollFd, PollFlags};
-use uffd::{Access, Errno, Features, MessageBuffer, Opening, RegisterMode, Userfaultfd};
+use uffd::{
+    Access, Errno, Features, MessageBuffer, Opening, RegisterMode, State, Support, Userfaultfd,
+    FEATURES,
+};
 
 #[test]
 fn an_unknown_bit_is_refused_and_leaves_the_descriptor_usable() {
@@ -88,4 +91,39 @@ fn probing_tells_the_features_and_leaves_nothing_behind() {
     assert!(features.contains(EVENTS | Features::SIGBUS | Features::MISSING_SHMEM));
     let uffd = open();
     uffd.handshake(features.without(Features::SIGBUS)).unwrap();
+}
+
+#[test]
+fn a_descriptor_that_blocks_cannot_be_waited_for() {
+    let uffd = negotiated(Features::NONE);
+    assert!(!uffd.wait(Some(std::time::Duration::ZERO)).unwrap(), "nothing to read");
+    rustix::io::ioctl_fionbio(&uffd, false).unwrap();
+    let error = uffd.wait(Some(std::time::Duration::ZERO)).unwrap_err();
+    assert_eq!(error.kind(), std::io::ErrorKind::InvalidInput);
+    rustix::io::ioctl_fionbio(&uffd, true).unwrap();
+    assert!(!uffd.wait(Some(std::time::Duration::ZERO)).unwrap());
+    let error = open().wait(Some(std::time::Duration::ZERO)).unwrap_err();
+    assert_eq!(error.kind(), std::io::ErrorKind::InvalidInput, "not negotiated yet");
+}
+
+#[test]
+fn what_this_machine_has_is_looked_up_in_the_table() {
+    let found = Support::probe();
+    assert_eq!(found.rows().len(), FEATURES.len());
+    for ((feature, state), row) in found.rows().iter().zip(FEATURES) {
+        assert_eq!(*feature, row);
+        assert_eq!(found.has(row.name), *state == State::Have);
+        // A bit that the kernel does not report is lacking, whoever asks.
+        if let Some(bit) = row.bit() {
+            assert_eq!(
+                found.reported().0 >> bit & 1 == 0,
+                *state == State::Lacking,
+                "{}",
+                row.name
+            );
+        }
+    }
+    assert!(!found.has("NONSENSE") && !found.has("move"));
+    assert_eq!(found.reported() & found.unknown(), found.unknown());
+    assert!(found.unknown().names().iter().all(|name| name.starts_with("bit ")));
 }

@@ -4,7 +4,9 @@ mod common;
 
 use common::*;
 use rustix::mm::{mlock, mprotect, munlock, Advice, MprotectFlags};
-use uffd::{Categories, Cause, Errno, Features, How, Operations, Pagemap, RegisterMode, Scan};
+use uffd::{
+    Categories, Cause, Errno, Event, Features, How, Operations, Pagemap, RegisterMode, Scan,
+};
 
 /// Pages numbered from 1 on; the kernel moves only what belongs to this process alone, which pages that a
 /// forked child had, however shortly, may not.
@@ -168,6 +170,24 @@ fn pages_of_a_child_and_pinned_pages_are_busy() {
     assert_done(uffd.move_pages(memory.at(1), source.at(1), PAGE as u64), PAGE);
     assert_eq!(memory.touch(1), 6);
     assert_eq!(child.end(), Ok(0));
+}
+
+/// Only the process itself moves its pages, not whoever serves it.
+#[test]
+fn another_processs_pages_are_not_moved() {
+    let _alone = alone();
+    if !need("MOVE") || !need("EVENT_FORK") {
+        return;
+    }
+    let target = Registered::anonymous(1, Features::EVENT_FORK);
+    let source = numbered(1);
+    let thread = forking(|| 0);
+    let Event::Fork(child) = next_event(&target.uffd) else { panic!("no fork") };
+    let process = thread.join().unwrap();
+    let moved = child.move_pages(target.memory.start, source.start, PAGE as u64);
+    assert_stopped(moved, 0, Errno::INVAL);
+    assert_done(child.copy(target.memory.start, &page(1)), PAGE);
+    assert_eq!(process.end(), Ok(0));
 }
 
 /// Both are locked into memory, or none.

@@ -2,6 +2,8 @@
 
 mod common;
 
+use std::os::fd::{AsFd, AsRawFd};
+
 use common::*;
 use rustix::mm::{madvise, mprotect, Advice, MapFlags, MprotectFlags};
 use uffd::{Errno, Event, Features, How, Progress, RegisterMode};
@@ -247,6 +249,25 @@ fn options_of_other_operations_are_refused() {
         assert_stopped(uffd.move_with(start, start, len, how), 0, Errno::INVAL);
     }
     assert_done(uffd.copy(start, &page(1)), PAGE);
+}
+
+/// The binding has no way to say these: protecting wakes nobody anyway.
+#[test]
+fn modes_of_protecting_that_mean_nothing() {
+    if !need("PAGEFAULT_FLAG_WP") {
+        return;
+    }
+    let target = Registered::with(Mapping::anonymous(1), Features::NONE, RegisterMode::WP);
+    for mode in [3, 4, 1 << 40] {
+        let range = uffd::abi::Range { start: target.memory.start, len: PAGE as u64 };
+        let mut argument = uffd::abi::Protect { range, mode };
+        let descriptor = target.uffd.as_fd().as_raw_fd();
+        let request = uffd::abi::UFFDIO_WRITEPROTECT;
+        // SAFETY: the structure that the request takes, borrowed for the call.
+        let outcome = unsafe { libc::ioctl(descriptor, request as _, &raw mut argument) };
+        assert_eq!(outcome, -1);
+        assert_errno::<()>(Err(std::io::Error::last_os_error()), Errno::INVAL);
+    }
 }
 
 /// COPY does not ask who registered the range, but wakes its own waiters only.

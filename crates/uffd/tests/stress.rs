@@ -15,7 +15,7 @@ use uffd::{Cause, Errno, Event, Features, How, MessageBuffer, RegisterMode, User
 const COUNTING: usize = 3;
 const READING: usize = 2;
 const COPYING: usize = 2;
-const BOUNCES: usize = 6;
+const BOUNCES: usize = 4;
 
 /// The counter in the last bytes of a page, which a copy reaches last.
 fn counter(memory: &Mapping, at: usize) -> &AtomicU64 {
@@ -140,7 +140,7 @@ fn bounce(kind: Kind, pages: usize, protect: bool) {
 #[test]
 fn memory_bounces_while_threads_count_in_it() {
     for kind in Kind::ALL {
-        bounce(*kind, if kind.is_huge() { 4 } else { 128 }, false);
+        bounce(*kind, if kind.is_huge() { 4 } else { 48 }, false);
     }
 }
 
@@ -150,7 +150,7 @@ fn and_while_it_is_protected() {
         return;
     }
     for kind in Kind::ALL {
-        bounce(*kind, if kind.is_huge() { 4 } else { 128 }, true);
+        bounce(*kind, if kind.is_huge() { 4 } else { 48 }, true);
     }
 }
 

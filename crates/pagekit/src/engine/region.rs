@@ -36,6 +36,16 @@ pub(crate) struct Place {
     pub(crate) bytes_before: u64,
 }
 
+impl Place {
+    /// `page`, which belongs here, and what of `along` is in the same piece, on both sides of it. (The
+    /// run may be of another page that belonged here, and lie anywhere.)
+    pub(crate) fn around(&self, page: u64, along: Run) -> Run {
+        let first = page - (self.bytes_before / PAGE).min(page);
+        let end = page + self.bytes / PAGE;
+        Run::between(along.start.clamp(first, page), along.end().clamp(page + 1, end))
+    }
+}
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Piece {
     end: u64,
@@ -263,6 +273,18 @@ mod tests {
         assert_eq!(at(&map, 9), Some((Belongs::Template(109), 1)));
         assert_eq!(at(&map, 10), None);
         assert_eq!(map.find(BASE - PAGE), None);
+    }
+
+    #[test]
+    fn what_comes_along_is_of_the_same_piece() {
+        let map = RegionMap::new(BASE, Run { start: 100, pages: 10 });
+        let place = map.find(BASE + 4 * PAGE).unwrap();
+        let around = |start, end| place.around(104, Run::between(start, end));
+        assert_eq!(around(102, 106), Run::between(102, 106));
+        assert_eq!(around(96, 112), Run::between(100, 110));
+        for elsewhere in [around(10, 20), around(200, 216), around(104, 104)] {
+            assert_eq!(elsewhere, Run::between(104, 105));
+        }
     }
 
     #[test]

@@ -26,7 +26,7 @@ use uffd::Errno;
 
 use super::losses::LONGEST;
 use super::space::put_zeros;
-use super::{table, How, Map};
+use super::{table, How, Map, FORGOTTEN, ORPHANED};
 use crate::error::{Error, Result};
 use crate::page::PAGE;
 use crate::template::LONGEST_WINDOW;
@@ -95,10 +95,11 @@ impl Map {
         if self.how() == How::Signal {
             match catch_unwind(AssertUnwindSafe(|| self.serve(page))) {
                 Ok(Ok(())) => return true,
-                Ok(Err(error)) => self.supply.copied().losses.note(page, &error),
+                Ok(Err(error)) => self.supply.copied().losses.lose(page, &error, || None),
                 Err(_) => {
                     let message = "the source panicked".to_owned();
-                    self.supply.copied().losses.note(page, &Error::Integrity { message });
+                    let error = Error::Integrity { message };
+                    self.supply.copied().losses.lose(page, &error, || None);
                 }
             }
         }
@@ -139,10 +140,10 @@ impl Map {
         line.add(b") cannot be had: ");
         match supply.losses.reason(page) {
             _ if self.ward().is_some_and(|ward| ward.orphaned()) => {
-                line.add(b"the process that served it is gone");
+                line.add(ORPHANED.as_bytes());
             }
             Some(reason) => line.add(reason.text()),
-            None => line.add(b"the reason is not known any more"),
+            None => line.add(FORGOTTEN.as_bytes()),
         }
         line.add(b"\n");
         line.write();
