@@ -5,6 +5,7 @@ from __future__ import annotations
 import array
 import ctypes
 import os
+import socket
 import sys
 import threading
 import time
@@ -162,3 +163,32 @@ def reading_what_it_serves(offset: int, length: int) -> bytes:
 def slow(offset: int, length: int) -> bytes:
     time.sleep(0.005)
     return numbered(offset, length)
+
+
+def touching(offset: int, length: int) -> bytes:
+    """Reads the memory of the process that it serves, at the very place that it is asked for."""
+    address = int(Path(os.environ["PAGEKIT_TEST_FILE"]).read_text()) + offset
+    page = ctypes.create_string_buffer(length)
+    vector = ctypes.c_size_t * 2
+    ours, theirs = vector(ctypes.addressof(page), length), vector(address, length)
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.process_vm_readv(os.getppid(), ours, 1, theirs, 1, 0) != length:
+        raise OSError(ctypes.get_errno(), "process_vm_readv")
+    return page.raw
+
+
+def peeking(offset: int, length: int) -> bytes:
+    """The same, as a debugger does it."""
+    address = int(Path(os.environ["PAGEKIT_TEST_FILE"]).read_text()) + offset
+    with Path(f"/proc/{os.getppid()}/mem").open("rb", buffering=0) as memory:
+        memory.seek(address)
+        return memory.read(length)
+
+
+def of_the_map_itself(offset: int, length: int) -> bytes:
+    """Asks the process that has the map of this function for the very bytes that it is to make."""
+    with socket.socket(socket.AF_UNIX) as asking:
+        asking.connect(os.environ["PAGEKIT_TEST_MAP"])
+        asking.sendall(f"{offset} {length}\n".encode())
+        with asking.makefile("rb") as answer:
+            return answer.read(length)

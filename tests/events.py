@@ -296,7 +296,7 @@ def only(pieces: Pieces, there: Pieces) -> Pieces:
 
 def difference(known: Pieces, told: Pieces) -> str:
     def shown(pieces: set[tuple[int, int, int | None]]) -> list[str]:
-        return [f"{start:#x}-{end:#x}: {page}" for start, end, page in sorted(pieces)]
+        return [f"{start:#x}-{end:#x}: {page}" for start, end, page in sorted(pieces)[:5]]
 
     return f"the server has {shown({*known} - {*told})}, the target {shown({*told} - {*known})}"
 

@@ -20,6 +20,7 @@ Exit status 1 if anything failed. --json prints all of it.
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import re
 import shutil
@@ -638,6 +639,8 @@ def main() -> int:
     cache = default_cache()
     home = cache / "kernels"
     home.mkdir(parents=True, exist_ok=True)
+    alone = (home / "lock").open("w")
+    fcntl.flock(alone, fcntl.LOCK_EX)  # until this ends: another run here waits for it
     try:
         apt = archive(home)
         known = newest_of_each(apt.versions(META))

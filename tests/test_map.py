@@ -24,12 +24,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import callbacks
 import pytest
 import support
 from support import NOBODY, PAGE, Memory, make_memory, need, need_root, page_content, until
 
 import pagekit
-from pagekit.errors import IntegrityError, SourceError, UsageError
+from pagekit.errors import CallbackError, IntegrityError, SourceError, SourceTimeout, UsageError
 
 WAYS = ("thread", "signal")
 SYSCTL = Path("/proc/sys/vm/unprivileged_userfaultfd")
@@ -394,6 +395,13 @@ def test_a_handler_that_was_there_before_is_asked_too(memory: Memory, faults: st
     assert "page 17 (at 0x" in done.stderr and "Fatal Python error: Bus error" in done.stderr
 
 
+def test_a_handler_that_mends_nothing_is_asked_once(memory: Memory) -> None:
+    ignores = "import signal; signal.signal(signal.SIGBUS, lambda *_: None)\n"
+    for faults in WAYS:
+        done = run(ignores + RAW, memory.spec, faults)
+        assert (done.returncode, done.stdout) == (-signal.SIGBUS, "before\n"), done.stderr
+
+
 def test_a_bus_error_of_somebody_else_is_not_ours(memory: Memory, tmp_path: Path) -> None:
     code = """
 import mmap
@@ -440,6 +448,55 @@ except OSError as error:
 """
     done = run(code, memory.spec)
     assert done.returncode == 0 and done.stdout.strip() in ("14", "133"), done
+
+
+# Pages that a function makes
+
+
+def test_a_function_as_the_source() -> None:
+    size = 300 * PAGE
+    with pagekit.map(callbacks.numbered, size=size) as found:
+        view = memoryview(found)
+        assert view[299 * PAGE : 299 * PAGE + 8] == callbacks.page(299)[:8]
+        assert found[:] == b"".join(map(callbacks.page, range(300)))
+        view.release()
+    with pytest.raises(UsageError, match="a size"):
+        pagekit.map(callbacks.numbered)
+
+
+def test_what_a_function_raises_is_the_cause() -> None:
+    with pagekit.map(callbacks.raising, size=8 * PAGE, deadline=0) as found:
+        with pytest.raises(CallbackError) as raised:
+            found[0]
+        assert isinstance(raised.value.__cause__, ValueError)
+        assert found[7 * PAGE] == callbacks.page(7)[0]
+
+
+def test_a_function_that_waits_for_its_own_map_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PAGEKIT_TEST_MAP", str(tmp_path / "socket"))
+    spec = f"python:callbacks:of_the_map_itself:{64 * PAGE},timeout=1s"
+    with socket.socket(socket.AF_UNIX) as door, pagekit.map(spec) as found:
+        door.bind(str(tmp_path / "socket"))
+        door.listen()
+        said: list[BaseException] = []
+
+        def answer() -> None:
+            visitor, _ = door.accept()
+            with visitor, visitor.makefile("rb") as asked:
+                offset, length = map(int, asked.readline().split())
+                try:
+                    visitor.sendall(found[offset : offset + length])
+                except SourceTimeout as error:
+                    said.append(error)
+
+        answering = threading.Thread(target=answer)
+        answering.start()
+        with pytest.raises(SourceTimeout):
+            found[5 * PAGE]
+        answering.join()
+        assert len(said) == 1
 
 
 # Closing
@@ -621,6 +678,33 @@ def test_children_see_what_was_there_and_get_the_rest(memory: Memory, faults: An
     assert found[:] == memory.path.read_bytes()[:5] + b"\x4d" + memory.path.read_bytes()[6:]
     until(lambda: found.statistics()["children"] == 0, "children that are gone are forgotten")
     found.close()
+
+
+def test_a_child_that_closes_the_map_is_not_served_any_more(memory: Memory) -> None:
+    said, heard = os.pipe(), os.pipe()
+    with pagekit.map(memory.spec) as found:
+        pid = os.fork()
+        if pid == 0:
+            os.close(heard[1])  # so that it ends when the test does
+            assert found[0] == page_content(0)[0]
+            os.write(said[1], b"1")
+            os.read(heard[0], 1)
+            found.close()
+            os.write(said[1], b"2")
+            os.read(heard[0], 1)
+            os._exit(0)
+        try:
+            os.read(said[0], 1)
+            until(lambda: found.statistics()["children"] == 1, "the child is served")
+            os.write(heard[1], b"1")
+            os.read(said[0], 1)
+            until(lambda: found.statistics()["children"] == 0, "nobody has it any more")
+            assert found[299 * PAGE] == page_content(299)[0]
+        finally:
+            os.close(heard[1])
+            assert os.waitpid(pid, 0)[1] == 0
+    for number in (*said, heard[0]):
+        os.close(number)
 
 
 def test_a_child_may_end_as_any_process_does(memory: Memory) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import ctypes
 import functools
 import hashlib
 import os
@@ -539,7 +540,7 @@ print(template.read((4 << 20) - 4096, 4096) == (1024).to_bytes(8, "little") * 51
     with support.stopping(process):
         out, _ = support.ended(process)
     assert out.splitlines() == [
-        "callback callbacks:numbered belongs to the process that this one was forked from",
+        "it was made by the process that this one was forked from, and works there only",
         "True",
     ]
 
@@ -566,3 +567,100 @@ def test_closing_while_a_callback_runs(tmp_path: Path, monkeypatch: pytest.Monke
     reader.join(support.PATIENCE)
     assert failed.is_set() and helpers
     assert not helpers & set(children_of(os.getpid()))
+
+
+# Through a map: whoever touches a page may hold the GIL
+
+
+@pytest.mark.parametrize("faults", ["thread", "signal"])
+def test_a_map_of_computed_pages(faults: Any) -> None:
+    support.need_userfaultfd()
+    with (
+        pagekit.map(callbacks.numbered, size=SIZE, faults=faults) as memory,
+        memoryview(memory) as view,
+    ):
+        for number in (PAGES - 1, 0, 17):
+            assert view[number * PAGE] == (number + 1) % 256  # with the GIL
+            assert memory[number * PAGE : (number + 1) * PAGE] == page(number)
+        assert bytes(memory) == content()
+        assert memory.find(page(40)[:9], PAGE) == 40 * PAGE
+
+
+@pytest.mark.parametrize(
+    "function, place, kind, text",
+    [
+        (callbacks.raising, 0, errors.CallbackError, "it raised ValueError('no page here', 17)"),
+        (callbacks.wrong, 0, errors.CallbackError, "too few bytes: 4095 instead of 4096"),
+        (callbacks.hanging, PAGE, errors.SourceTimeout, "for page 1 did not return in 1s"),
+        (callbacks.dying, PAGE, errors.CallbackError, "ended with status 7, as did the one before"),
+        (callbacks.recursive, 0, errors.CallbackError, "opens the source that it serves"),
+    ],
+)
+def test_a_map_raises_what_went_wrong(
+    function: Callable[[int, int], Any], place: int, kind: type[BaseException], text: str
+) -> None:
+    support.need_userfaultfd()
+    with pagekit.map(spec_of(function, 16 * PAGE, timeout=1)) as memory:
+        for use in (lambda: memory[place], lambda: memory[place : place + 9], memory.populate):
+            with pytest.raises(kind) as raised:
+                use()
+            assert text in str(raised.value)
+        if function is callbacks.raising:
+            assert isinstance(raised.value.__cause__, ValueError)
+            assert memory[7 * PAGE : 8 * PAGE] == page(7)
+
+
+RAW = """
+import callbacks, pagekit, sys
+from pagekit.callback import spec_of
+spec = spec_of(getattr(callbacks, sys.argv[1]), 16 << 12, timeout=1)
+view = memoryview(pagekit.map(spec, faults=sys.argv[3]))
+print(view[8 << 12], flush=True)
+print(view[int(sys.argv[2])])
+"""
+
+
+@pytest.mark.parametrize("faults", ["thread", "signal"])
+@pytest.mark.parametrize(
+    "function, number, text",
+    [
+        ("raising", 0, "it raised ValueError('no page here', 17)"),
+        ("hanging", 1, "did not return in 1s"),
+        ("dying", 1, "ended with status 7"),
+    ],
+)
+def test_a_raw_view_gets_sigbus_and_a_reason(
+    function: str, number: int, text: str, faults: str
+) -> None:
+    support.need_userfaultfd()
+    command = [sys.executable, "-c", RAW, function, number * PAGE, faults]
+    process = support.start(command, {"PYTHONPATH": str(Path(__file__).parent)})
+    with support.stopping(process):
+        out, err = support.ended(process, -signal.SIGBUS)
+    assert out == "9\n"
+    assert f"page {number}" in err and text in err, err
+
+
+@pytest.mark.parametrize(
+    "function, kind",
+    [
+        (callbacks.touching, errors.SourceTimeout),
+        (callbacks.peeking, errors.CallbackError),
+    ],
+)
+def test_one_that_touches_the_map_it_serves(
+    function: Callable[[int, int], Any],
+    kind: type[BaseException],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """From outside, as it is another process: it waits for itself, or the kernel says no."""
+    support.need_userfaultfd()
+    place = tmp_path / "address"
+    monkeypatch.setenv("PAGEKIT_TEST_FILE", str(place))
+    with pagekit.map(spec_of(function, 16 * PAGE, timeout=1), writable=True) as memory:
+        start = ctypes.c_char.from_buffer(memory)
+        place.write_text(str(ctypes.addressof(start)))
+        with pytest.raises(kind):
+            memory[0]
+        del start

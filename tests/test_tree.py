@@ -32,8 +32,8 @@ MAY_USE = {
     "thread": set(),
     "process": {"error"},
     "wire": {"page"},
-    # A helper process ends with the thread that started it, which must be one of ours.
-    "source": {"page", "error", "thread"},
+    # A helper process ends with the thread that started it, and answers one process.
+    "source": {"page", "error", "thread", "process"},
     "layer": {"page", "error", "source"},
     "stack": {"page", "error", "source", "layer"},
     "delivery": {"error"},

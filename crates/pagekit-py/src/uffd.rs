@@ -88,10 +88,10 @@ fn refusal(error: impl Into<io::Error>) -> PyErr {
 }
 
 /// Gives up the GIL for `work`, which a handler does.
-fn detached<T: Send>(py: Python<'_>, work: impl FnOnce() -> T + Send) -> T {
+fn detached<T: Send>(py: Python<'_>, open: &Open, work: impl FnOnce(&Open) -> T + Send) -> T {
     let (outcome, waiting) = py.detach(|| {
-        let outcome = work();
-        (outcome, uffd::stall::Waiting::now())
+        let outcome = work(open);
+        (outcome, uffd::stall::Waiting::now(&open.uffd))
     });
     drop(waiting);
     outcome
@@ -102,6 +102,14 @@ type Done = (usize, i32);
 
 fn done(progress: Progress) -> Done {
     (progress.done, progress.errno.map_or(0, Errno::raw_os_error))
+}
+
+fn closed() -> PyErr {
+    Python::attach(|py| {
+        let class = py.import("pagekit.errors").and_then(|errors| errors.getattr("UsageError"));
+        let error = class.and_then(|class| class.call1(("the userfaultfd is closed",)));
+        error.map_or_else(|failure| failure, PyErr::from_value)
+    })
 }
 
 struct Open {
@@ -125,7 +133,7 @@ impl Userfaultfd {
     /// Kept by whoever uses it: the descriptor's number is free again only when all are done.
     fn get(&self) -> PyResult<Arc<Open>> {
         let open = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        open.clone().ok_or_else(|| PyValueError::new_err("it is closed"))
+        open.clone().ok_or_else(closed)
     }
 
     fn resolve(
@@ -134,7 +142,7 @@ impl Userfaultfd {
         work: impl FnOnce(&uffd::Userfaultfd) -> Progress + Send,
     ) -> PyResult<Done> {
         let open = self.get()?;
-        Ok(done(detached(py, move || work(&open.uffd))))
+        Ok(done(detached(py, &open, |open| work(&open.uffd))))
     }
 
     fn change(
@@ -143,7 +151,7 @@ impl Userfaultfd {
         work: impl FnOnce(&uffd::Userfaultfd) -> io::Result<()> + Send,
     ) -> PyResult<()> {
         let open = self.get()?;
-        detached(py, move || work(&open.uffd)).map_err(refusal)
+        detached(py, &open, |open| work(&open.uffd)).map_err(refusal)
     }
 }
 
@@ -360,10 +368,10 @@ impl Userfaultfd {
 
     fn is_alive(&self, py: Python<'_>, address: u64) -> PyResult<bool> {
         let open = self.get()?;
-        Ok(detached(py, || open.uffd.is_alive(address)))
+        Ok(py.detach(|| open.uffd.is_alive(address)))
     }
 
-    /// At most `most` events; an empty list when the time is over, none when it was closed meanwhile.
+    /// At most `most` events; an empty list when the time is over, none when it is closed.
     fn read(
         &self,
         py: Python<'_>,
@@ -375,9 +383,9 @@ impl Userfaultfd {
             Some(Ok(time)) => Instant::now().checked_add(time),
             Some(Err(error)) => return Err(PyValueError::new_err(format!("timeout: {error}"))),
         };
-        let open = self.get()?;
+        let Ok(open) = self.get() else { return Ok(None) };
         loop {
-            match detached(py, || open.read(until, most)).map_err(refusal)? {
+            match detached(py, &open, |open| open.read(until, most)).map_err(refusal)? {
                 Outcome::Events(events) => return Ok(Some(events)),
                 Outcome::Late => return Ok(Some(Vec::new())),
                 Outcome::Closed => return Ok(None),

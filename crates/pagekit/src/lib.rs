@@ -4,7 +4,7 @@
 //! |---|---|---|
 //! | [`page`], [`page_set`], [`error`], [`thread`] | pages, runs, sets of pages, errors, threads | nothing of ours |
 //! | [`process`] | which process this is, after a fork | error |
-//! | [`source`], [`layer`] | where bytes come from; what wraps them | page, error, thread |
+//! | [`source`], [`layer`] | where bytes come from; what wraps them | page, error, thread, process |
 //! | [`stack`] | spec strings into stacks; names every source and layer | source, layer |
 //! | [`working_set`] | pages demanded before "ready": recording, union, file | page, source |
 //! | [`delivery`] | what userfaultfd can do for this process | `uffd` |

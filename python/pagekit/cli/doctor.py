@@ -7,6 +7,7 @@ import json
 from typing import Any
 
 import click
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -70,7 +71,8 @@ def _show(console: Console, checks: list[doctor.Check], able: bool) -> None:
 
 
 def _show_features(console: Console, support: uffd.Support) -> None:
-    table = Table(title="What userfaultfd has here, for this user", title_justify="left")
+    title = "What userfaultfd has here, for this user"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     for column in ("", "has it", "since", "gives"):
         table.add_column(column, overflow="fold")
     for row in support.features:

@@ -281,22 +281,18 @@ class Userfaultfd:
         Raises:
             UsageError: it is closed, also while it waits.
         """
-        events = self._read(timeout, most)
-        if events is None:
+        if most < 1 or (timeout is not None and not timeout >= 0):
+            raise UsageError(f"no events can be read: timeout {timeout}, at most {most}")
+        told = self._native().read(timeout, most)
+        if told is None:
             raise UsageError("the userfaultfd was closed")
-        return events
+        return [_event(*one) for one in told]
 
     def __iter__(self) -> Iterator[Event]:
         """Events one by one, as they come, until the userfaultfd is closed."""
         # One at a time: an event that was read and not handed out would be lost.
-        while not self.closed and (events := self._read(None, 1)) is not None:
-            yield from events
-
-    def _read(self, timeout: float | None, most: int) -> list[Event] | None:
-        if most < 1 or (timeout is not None and not timeout >= 0):
-            raise UsageError(f"no events can be read: timeout {timeout}, at most {most}")
-        told = self._native().read(timeout, most)
-        return None if told is None else [_event(*one) for one in told]
+        while (opened := self._core) and (told := opened.read(None, 1)) is not None:
+            yield from (_event(*one) for one in told)
 
     # Resolving
 

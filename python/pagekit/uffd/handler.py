@@ -107,7 +107,8 @@ class HandlerProcess:
             with theirs:
                 self._process.start()
             self._expect(_READY)
-            socket.send_fds(self._socket, [pickle.dumps(ranges)], [descriptor])
+            with suppress(ConnectionError):  # what it died of is said next
+                socket.send_fds(self._socket, [pickle.dumps(ranges)], [descriptor])
             self._expect(_TAKEN)
             process = os.pidfd_open(self._process.pid or 0)
             try:
@@ -140,15 +141,22 @@ class HandlerProcess:
     def _expect(self, word: bytes) -> None:
         """Waits for the next message, which must be this."""
         with suppress(TimeoutError):
-            if (found := self._socket.recv(_MOST)) == word:
+            if (found := self._receive()) == word:
                 return
             raise _failed(found, "before it could handle anything", self._status())
         raise HandlerError(f"the handler's process did not start within {self._patience} s")
 
+    def _receive(self) -> bytes:
+        """The next message; nothing if the process has ended."""
+        try:
+            return self._socket.recv(_MOST)
+        except ConnectionError:
+            return b""
+
     def _failure(self) -> HandlerError | None:
         """Waits for the report; None if all was well."""
         try:
-            found = self._socket.recv(_MOST)
+            found = self._receive()
             self._reported = True
         except TimeoutError:
             return HandlerError(

@@ -7,8 +7,11 @@
 //! What was measured (`benchmarks/broadcast.py`: twenty targets, the same pages in the same order), and
 //! what follows:
 //! - Whoever serves the fault puts its pages into the siblings at once, behind the one who waits: then
-//!   each page is demanded by one of twenty, and the server needs less of the processor than without. A
-//!   thread of its own came too late: the siblings had faulted already, and three of four faults stayed.
+//!   each page is demanded by one of twenty (51 faults a target instead of 1024), and the server needs a
+//!   fifth less of the processor. A thread of its own came too late: the siblings had faulted already,
+//!   and three of four faults stayed.
+//! - Where the source must be waited for, siblings wait together for the same page, which is one fetch
+//!   with or without a broadcast: half of the faults stay, and nobody is ready sooner.
 //! - Putting a page costs 1 µs, and those that have faulted meanwhile wait as long. So a pass ends with
 //!   [`MOST_PAGES`] pages. Siblings that it did not reach demand the page, and that is the next pass.
 //! - A page that is never demanded costs a target its 4 KiB all the same, and that is the price: unless

@@ -276,16 +276,18 @@ impl Loop<'_> {
             connection: None,
         };
         let Err(error) = self.shared.add(id, Some(parent.id), child) else { return };
-        let message = format!(
-            "a child of target {} cannot be served: {error}; its missing pages are poisoned",
-            parent.id
-        );
-        self.shared.report(&message);
+        let mut fate = "its missing pages are poisoned";
         if let Ok(uffd) = spare {
-            for (start, bytes) in ranges.ranges() {
-                poison_missing(&uffd, start, bytes, parent.page_size);
+            let poison = |(start, bytes)| poison_missing(&uffd, start, bytes, parent.page_size);
+            if !ranges.ranges().all(poison) {
+                // A kernel that cannot. Were it closed, the child would read zeros.
+                std::mem::forget(uffd);
+                fate = "it waits for ever for pages that it misses";
             }
         }
+        let parent = parent.id;
+        self.shared
+            .report(&format!("a child of target {parent} cannot be served: {error}; {fate}"));
     }
 
     /// Tries deferred faults again, and says when the next one is due.
@@ -373,8 +375,9 @@ impl Loop<'_> {
     }
 }
 
-/// Makes all pages of a range raise SIGBUS that are not there.
-fn poison_missing(uffd: &uffd::Userfaultfd, start: u64, bytes: u64, page_size: u64) {
+/// Makes all pages of a range raise SIGBUS that are not there; false if the kernel knows no poison
+/// (Linux < 6.6).
+fn poison_missing(uffd: &uffd::Userfaultfd, start: u64, bytes: u64, page_size: u64) -> bool {
     let (mut at, end) = (start, start + bytes);
     while at < end {
         let progress = uffd.poison(at, end - at);
@@ -383,9 +386,11 @@ fn poison_missing(uffd: &uffd::Userfaultfd, start: u64, bytes: u64, page_size: u
             None => break,
             Some(Errno::EXIST) => at += page_size,
             Some(Errno::AGAIN) => std::thread::yield_now(),
+            Some(Errno::INVAL) => return false,
             Some(_) => break,
         }
     }
+    true
 }
 
 /// Whether a read failed because a fork's descriptor found no room. The event is not lost then, nor

@@ -60,10 +60,7 @@ impl Target {
     ) -> Option<Resolution> {
         // The pages of a place lie side by side: addresses differ as pages do.
         let address_of = |of: u64| (address + of * PAGE).wrapping_sub(page * PAGE);
-        let along = Run::between(
-            along.start.max(page - (place.bytes_before / PAGE).min(page)),
-            along.end().min(page + place.bytes / PAGE),
-        );
+        let along = place.around(page, along);
         let behind = self.missing(Run::between(page + 1, along.end()));
         let end = behind.filter(|run| run.start == page + 1).map_or(page + 1, Run::end);
         let mut fill = self.put(address, Run::between(page, end))?;

@@ -52,8 +52,10 @@ const STREAK_TIME: Duration = Duration::from_millis(5);
 /// After a stay that was not worth it: so long no other. Twice as long each time.
 const SHORTEST_PAUSE: Duration = Duration::from_millis(4);
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
-/// A stay with so many faults was worth it.
+/// A stay with so many faults was worth it …
 const WORTH: u64 = 500;
+/// … even if the guard had to end it, which is when others may have waited for two of his looks.
+const WORTH_THE_WAIT: u64 = 8 * WORTH;
 /// With every so many faults of a stay, look whether there are more at once.
 const LOOK: u64 = 16;
 /// Threads of a target that are looked at.
@@ -82,12 +84,28 @@ impl Placement {
         self.wish.load(Relaxed) != 0
     }
 
+    /// Starts the guard of the calling thread. Without one nothing is done about any wish, and nothing is
+    /// needed.
+    fn start_guard(self: &Arc<Self>) {
+        let mut guard = self.guard.lock().unwrap_or_else(PoisonError::into_inner);
+        if guard.is_none() && !self.stopped.load(SeqCst) {
+            let (placement, watched) = (Arc::clone(self), gettid());
+            *guard = crate::thread::spawn("pk-guard", move || placement.guard(watched)).ok();
+        }
+    }
+
+    fn call_guard(&self) {
+        if let Some(guard) = &*self.guard.lock().unwrap_or_else(PoisonError::into_inner) {
+            guard.thread().unpark();
+        }
+    }
+
     /// Ends the guard, who makes the loop's thread what it was.
     pub(super) fn stop(&self) {
         self.stopped.store(true, SeqCst);
+        self.call_guard();
         let guard = self.guard.lock().unwrap_or_else(PoisonError::into_inner).take();
         if let Some(guard) = guard {
-            guard.thread().unpark();
             // It has nothing to say that anybody waits for.
             let _ = guard.join();
         }
@@ -188,6 +206,10 @@ pub(super) struct Neighbour {
 
 impl Neighbour {
     pub(super) fn new(placement: Arc<Placement>) -> Neighbour {
+        // Now, not when they are needed: a thread of this very process that waits for its page may hold
+        // what starting a thread takes.
+        may_return();
+        placement.start_guard();
         let now = Instant::now();
         let (target, streak, faults, thread) = (0, 0, 0, None);
         let (since, not_before, pause) = (now, now, SHORTEST_PAUSE);
@@ -203,6 +225,9 @@ impl Neighbour {
                 self.leave(now);
             }
         } else if count > 1 || target.id != self.target || now - self.since > STREAK_TIME {
+            if target.id != self.target {
+                (self.not_before, self.pause) = (now, SHORTEST_PAUSE);
+            }
             (self.target, self.streak, self.since) = (target.id, 0, now);
         } else {
             self.streak += 1;
@@ -218,7 +243,7 @@ impl Neighbour {
         let stays = self.thread.is_some() && self.placement.stays_somewhere();
         if !stays && self.thread.is_some() {
             // The guard has ended it.
-            self.leave(Instant::now());
+            self.end(Instant::now(), WORTH_THE_WAIT);
         }
         stays
     }
@@ -242,8 +267,12 @@ impl Neighbour {
 
     /// Ends a stay.
     pub(super) fn leave(&mut self, now: Instant) {
+        self.end(now, WORTH);
+    }
+
+    fn end(&mut self, now: Instant, worth: u64) {
         if self.thread.take().is_some() {
-            self.pause = match self.faults < WORTH {
+            self.pause = match self.faults < worth {
                 true => (self.pause * 2).min(LONGEST_PAUSE),
                 false => SHORTEST_PAUSE,
             };
@@ -268,17 +297,8 @@ impl Neighbour {
     }
 
     fn wish(&self, wish: usize) {
-        let placement = &self.placement;
-        let mut guard = placement.guard.lock().unwrap_or_else(PoisonError::into_inner);
-        if guard.is_none() && !placement.stopped.load(SeqCst) {
-            let (placement, watched) = (Arc::clone(placement), gettid());
-            // Without a guard nothing is done about the wish, and nothing is needed.
-            *guard = crate::thread::spawn("pk-guard", move || placement.guard(watched)).ok();
-        }
-        placement.wish.store(wish, SeqCst);
-        if let Some(guard) = &*guard {
-            guard.thread().unpark();
-        }
+        self.placement.wish.store(wish, SeqCst);
+        self.placement.call_guard();
     }
 }
 

@@ -6,6 +6,21 @@
 //! that gives back single pages here and there (a balloon) leaves pieces by the hundred thousand, so
 //! pieces that go on where their neighbour ends are joined again.
 //!
+//! What the events leave open, and what follows:
+//! - A move is told, and what it leaves behind is told to be unmapped. If that is not told, it was not
+//!   (MREMAP_DONTUNMAP), and the old range is still registered.
+//! - Growth is not told. It is found by asking the kernel whether an unknown address is one mapping with
+//!   what is known before it.
+//! - In both cases zeros belong there if the memory is anonymous. A file may have anything there.
+//! - Mappings, moves and forks are told when the kernel has given its lock back. If two threads of a target
+//!   do such things at once and one takes the addresses that the other has just left, the events may come
+//!   in another order than they happened, and nobody can tell what is where. (It takes addresses that the
+//!   kernel chose, or a thread that does not wait for the other's call to return.)
+//! - MADV_DONTNEED of shared memory is told as MADV_REMOVE is, and holes that are punched by fallocate are
+//!   not told: they read what belonged there before. So does what one process removed of memory that it
+//!   shares with another, in the other.
+//! - Without EVENT_UNMAP what was unmapped stays in the map, and growth into it is taken for it.
+//!
 //! The way back, from pages to addresses, is for filling ahead only. It is not kept up to date: a
 //! *home* is where the client put pages of the template, and the pieces say whether they still belong
 //! there. What was moved since is not found, and faults.
@@ -34,6 +49,16 @@ pub(crate) struct Place {
     pub(crate) belongs: Belongs,
     pub(crate) bytes: u64,
     pub(crate) bytes_before: u64,
+}
+
+impl Place {
+    /// `page`, which belongs here, and what of `along` is in the same piece, on both sides of it. (The
+    /// run may be of another page that belonged here, and lie anywhere.)
+    pub(crate) fn around(&self, page: u64, along: Run) -> Run {
+        let first = page - (self.bytes_before / PAGE).min(page);
+        let end = page + self.bytes / PAGE;
+        Run::between(along.start.clamp(first, page), along.end().clamp(page + 1, end))
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -263,6 +288,18 @@ mod tests {
         assert_eq!(at(&map, 9), Some((Belongs::Template(109), 1)));
         assert_eq!(at(&map, 10), None);
         assert_eq!(map.find(BASE - PAGE), None);
+    }
+
+    #[test]
+    fn what_comes_along_is_of_the_same_piece() {
+        let map = RegionMap::new(BASE, Run { start: 100, pages: 10 });
+        let place = map.find(BASE + 4 * PAGE).unwrap();
+        let around = |start, end| place.around(104, Run::between(start, end));
+        assert_eq!(around(102, 106), Run::between(102, 106));
+        assert_eq!(around(96, 112), Run::between(100, 110));
+        for elsewhere in [around(10, 20), around(200, 216), around(104, 104)] {
+            assert_eq!(elsewhere, Run::between(104, 105));
+        }
     }
 
     #[test]

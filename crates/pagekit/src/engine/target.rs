@@ -29,15 +29,12 @@ pub type TargetId = u64;
 /// How long a fault may be refused by the kernel before it is given up.
 const REFUSAL_DEADLINE: Duration = Duration::from_secs(10);
 
-/// Somebody who is told what cannot be had, before whoever touches it finds out. On the engine's
-/// threads: it must not wait.
+/// Somebody who is told what cannot be had, before whoever touches it finds out.
 pub trait Owner: Send + Sync + std::fmt::Debug {
-    /// The page at `address` cannot be had, and is poisoned next.
-    fn lost(&self, address: u64, error: &Arc<Error>);
-
-    /// The kernel cannot poison. Where the memory is this process's own: makes touching the page at
-    /// `address` raise SIGBUS by other means. Says whether it did; else the target is killed.
-    fn bar(&self, address: u64) -> bool;
+    /// The page at `address` cannot be had: calls `poison`, and says what came of it. Where the kernel
+    /// cannot poison, it may make touching the page raise SIGBUS by other means; else the target is
+    /// killed. On a thread of the engine: it must not wait.
+    fn lose(&self, address: u64, error: &Error, poison: &dyn Fn() -> Progress) -> Progress;
 }
 
 /// A process whose faults are served.
@@ -549,18 +546,10 @@ impl Target {
         if self.gone.load(Relaxed) {
             return shared.count(Outcome::Abandoned, &fault);
         }
-        if let Some(owner) = &self.owner {
-            owner.lost(fault.address, &error);
-        }
-        let progress = self.uffd.poison(fault.address, self.page_size);
-        let barred = || self.owner.as_ref().is_some_and(|owner| owner.bar(fault.address));
-        let progress = match progress.errno {
-            None | Some(Errno::EXIST | Errno::NOENT | Errno::SRCH | Errno::AGAIN) => progress,
-            Some(_) if barred() => {
-                let _ = self.uffd.wake(fault.address, self.page_size);
-                Progress { done: self.page_size as usize, errno: None }
-            }
-            Some(_) => progress,
+        let poison = || self.uffd.poison(fault.address, self.page_size);
+        let progress = match &self.owner {
+            Some(owner) => owner.lose(fault.address, &error, &poison),
+            None => poison(),
         };
         drop(regions);
         let resolution = match progress.errno {

@@ -423,13 +423,14 @@ impl Line {
 #[derive(Debug)]
 pub(super) struct Ends {
     door: Option<OwnedFd>,
+    identity: Identity,
     /// And which targets of the engine they are of.
     ties: Vec<(OwnedFd, TargetId)>,
 }
 
 impl Ends {
     pub(super) fn new(door: OwnedFd) -> Ends {
-        Ends { door: Some(door), ties: Vec::new() }
+        Ends { identity: Identity::of(door.as_fd()), door: Some(door), ties: Vec::new() }
     }
 
     /// How many children's maps are served.
@@ -437,9 +438,20 @@ impl Ends {
         self.ties.len()
     }
 
+    /// Whether the door is what it was. If not it is let go of: the number is somebody else's.
+    fn is_open(&mut self) -> bool {
+        let open = self.door.as_ref().is_some_and(|door| self.identity.is(door.as_fd()));
+        if !open {
+            std::mem::forget(self.door.take());
+        }
+        open
+    }
+
     /// In a child: these are not its own.
     fn close(&mut self) {
-        self.door = None;
+        if self.is_open() {
+            self.door = None;
+        }
         self.ties.clear();
     }
 
@@ -504,8 +516,9 @@ pub(super) fn answer(house: &House) {
             }
             stays
         });
-        if called {
-            ends.adopt(house);
+        if called && ends.adopt(house).is_none() && !ends.is_open() {
+            // The program closed what it does not know: children that call now are orphans at once.
+            return;
         }
     }
 }

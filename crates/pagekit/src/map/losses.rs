@@ -152,10 +152,18 @@ impl Losses {
         unsafe { std::slice::from_raw_parts(self.records.as_ptr(), RECORDS) }
     }
 
-    /// Writes down why `page` cannot be had.
-    pub(super) fn note(&self, page: u64, error: &Error) {
-        // One writer at a time; readers of a record that is overwritten meanwhile find out.
-        let _writing = self.lock();
+    /// Writes down why `page` cannot be had; then `put` puts something in its place, if it does.
+    pub(super) fn lose(&self, page: u64, error: &Error, put: impl FnOnce() -> Option<Stand>) {
+        // Held until it is known what stands there: who mends must not come in between. And one writes
+        // at a time; readers of a record that is overwritten meanwhile find out.
+        let mut lost = self.lock();
+        self.note(page, error);
+        if let Some(stand) = put() {
+            lost.insert(page, stand);
+        }
+    }
+
+    fn note(&self, page: u64, error: &Error) {
         self.ever.fetch_add(1, Relaxed);
         let record = &self.records()[self.next.fetch_add(1, Relaxed) % RECORDS];
         let text = error.to_string();
@@ -175,11 +183,6 @@ impl Losses {
         (1..=RECORDS)
             .map(|back| &self.records()[next.wrapping_sub(back) % RECORDS])
             .find_map(|record| record.read(page))
-    }
-
-    /// Keeps that something stands in the place of `page`.
-    pub(super) fn lose(&self, page: u64, stand: Stand) {
-        self.lock().insert(page, stand);
     }
 
     /// How many pages are lost now.
@@ -245,14 +248,13 @@ mod tests {
         let losses = Losses::new().unwrap();
         assert!(losses.reason(0).is_none());
         for page in 0..RECORDS as u64 + 1 {
-            losses.note(page, &Error::Integrity { message: format!("damage {page}") });
+            losses.lose(page, &Error::Integrity { message: format!("damage {page}") }, || None);
         }
         assert!(losses.reason(0).is_none(), "the oldest made room");
         assert_eq!(losses.reason(1).unwrap().text(), b"damage 1");
-        losses.note(
-            7,
-            &Error::Unavailable { what: "x".repeat(300), error: std::io::Error::other("") },
-        );
+        let what = "x".repeat(300);
+        let error = Error::Unavailable { what, error: std::io::Error::other("") };
+        losses.lose(7, &error, || None);
         let reason = losses.reason(7).unwrap();
         assert_eq!(reason.text(), [b'x'; LONGEST]);
         assert!(
@@ -265,8 +267,10 @@ mod tests {
     #[test]
     fn what_is_mended_is_lost_no_more() {
         let losses = Losses::new().unwrap();
-        losses.lose(3, Stand::Poison);
-        losses.lose(9, Stand::Nothing);
+        let error = Error::Integrity { message: "gone".to_owned() };
+        losses.lose(3, &error, || Some(Stand::Poison));
+        losses.lose(9, &error, || Some(Stand::Nothing));
+        losses.lose(4, &error, || None);
         let mut mended = Vec::new();
         let mut mend = |page, stand| {
             mended.push((page, stand));

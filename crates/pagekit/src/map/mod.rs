@@ -46,7 +46,7 @@ use std::sync::{Arc, OnceLock};
 
 use rustix::mm::{madvise, Advice};
 use rustix::process::{getpid, pidfd_open, PidfdFlags};
-use uffd::{Access, Errno, Features, RegisterMode, Userfaultfd};
+use uffd::{Access, Errno, Features, Progress, RegisterMode, Userfaultfd};
 
 use crate::backend::{copy::Copy, share::Share, Backend};
 use crate::delivery::Delivery;
@@ -66,6 +66,10 @@ use table::registry;
 const PIECE: u64 = 32 << 20;
 /// Bytes that are searched at once.
 const SEARCHED: u64 = 1 << 20;
+
+/// What is said where nothing better is known.
+const ORPHANED: &str = "the process that served it is gone";
+const FORGOTTEN: &str = "the reason is not known any more";
 
 /// Who brings a page that is touched.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -212,20 +216,22 @@ impl Lost {
 }
 
 impl Owner for Lost {
-    fn lost(&self, address: u64, error: &Arc<Error>) {
-        let page = self.supply.page_of(address);
-        self.supply.losses.note(page, error);
-        if self.here {
-            self.supply.losses.lose(page, Stand::Poison);
-        }
-    }
-
-    fn bar(&self, address: u64) -> bool {
-        if !self.here || self.supply.page_size != PAGE || !Space::bar(address) {
-            return false;
-        }
-        self.supply.losses.lose(self.supply.page_of(address), Stand::Nothing);
-        true
+    fn lose(&self, address: u64, error: &Error, poison: &dyn Fn() -> Progress) -> Progress {
+        let mut progress = Progress { done: 0, errno: Some(Errno::INVAL) };
+        self.supply.losses.lose(self.supply.page_of(address), error, || {
+            progress = poison();
+            match progress.errno {
+                None if self.here => Some(Stand::Poison),
+                None | Some(Errno::EXIST | Errno::NOENT | Errno::SRCH | Errno::AGAIN) => None,
+                Some(_) if self.here && self.supply.page_size == PAGE && Space::bar(address) => {
+                    // Who waits there finds it when woken, as where somebody was first.
+                    progress.errno = Some(Errno::EXIST);
+                    Some(Stand::Nothing)
+                }
+                Some(_) => None,
+            }
+        });
+        progress
     }
 }
 
@@ -644,6 +650,12 @@ impl Map {
             let one = Run { start: page, pages: 1 };
             match self.kernel_touches(one) {
                 Ok(()) => {}
+                Err(_) if self.ward().is_some_and(Ward::orphaned) => {
+                    return Err(Arc::new(Error::Unavailable {
+                        what: format!("page {page} cannot be had"),
+                        error: std::io::Error::other(ORPHANED),
+                    }));
+                }
                 Err(Errno::HWPOISON) => {
                     // The next one who asks may be luckier.
                     let _ = space::drop_page(self.at(page));
@@ -651,11 +663,11 @@ impl Map {
                         Some(reason) => reason.error(page),
                         None => Error::Unavailable {
                             what: format!("page {page} cannot be had"),
-                            error: std::io::Error::other("the reason is not known any more"),
+                            error: std::io::Error::other(FORGOTTEN),
                         },
                     }));
                 }
-                // The kernel may not wait here, or does not know the call: a touch of our own.
+                // The kernel may not wait here: a touch of our own, for better or worse.
                 // SAFETY: inside the map, and readable.
                 Err(_) => drop(unsafe { std::ptr::read_volatile(self.at(page) as *const u8) }),
             }
@@ -757,5 +769,67 @@ impl Drop for Map {
             // SAFETY: leaked by `inherited` of this process, and used by nobody any more.
             drop(unsafe { Arc::from_raw(std::ptr::from_ref(ward)) });
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+    use std::time::Duration;
+
+    use super::*;
+
+    fn map() -> Arc<Map> {
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        file.write_all(&[7; 64 * PAGE as usize]).unwrap();
+        let delivery = Arc::new(Delivery::probe());
+        let spec = format!("file:{}", file.path().display());
+        let layers: [&str; 0] = [];
+        let template = Template::open(&spec, &layers, &delivery, Duration::ZERO).unwrap();
+        Map::new(template, &delivery, Options { writable: true, ..Options::default() }).unwrap()
+    }
+
+    /// Whether the kernel can read a page of the map.
+    fn readable(map: &Map, page: u64) -> bool {
+        map.kernel_touches(Run { start: page, pages: 1 }).is_ok()
+    }
+
+    /// As before Linux 6.6.
+    #[test]
+    fn where_the_kernel_cannot_poison_a_page_of_nothing_stands_in() {
+        let map = map();
+        let error = Error::Integrity { message: "gone".to_owned() };
+        let cannot = || Progress { done: 0, errno: Some(Errno::NOTTY) };
+        let lost = Lost::here(Arc::clone(map.supply.copied()));
+        assert_eq!(lost.lose(map.at(3), &error, &cannot).errno, Some(Errno::EXIST));
+        assert_eq!(map.statistics().lost_pages, 1);
+        assert!(!readable(&map, 3) && readable(&map, 2) && readable(&map, 4));
+        let mut bytes = [0; 9];
+        map.read(4 * PAGE - 4, &mut bytes).unwrap();
+        assert_eq!((bytes, map.statistics().lost_pages), ([7; 9], 0));
+        // It is as every other page again: dropped, it is read from the template.
+        // SAFETY: inside the map, which is writable.
+        unsafe { map.address().add(3 * PAGE as usize).write_volatile(8) };
+        space::drop_page(map.at(3)).unwrap();
+        map.read(3 * PAGE, &mut bytes).unwrap();
+        assert_eq!(bytes, [7; 9]);
+        // In a child nobody but the child can do that.
+        let elsewhere = Lost::in_a_child(Arc::clone(map.supply.copied()));
+        assert_eq!(elsewhere.lose(map.at(5), &error, &cannot).errno, Some(Errno::NOTTY));
+        assert!(readable(&map, 5));
+    }
+
+    #[test]
+    fn a_page_that_is_there_is_not_lost() {
+        let map = map();
+        let error = Error::Integrity { message: "gone".to_owned() };
+        let there = || Progress { done: 0, errno: Some(Errno::EXIST) };
+        let lost = Lost::here(Arc::clone(map.supply.copied()));
+        // SAFETY: inside the map, which is writable.
+        unsafe { map.address().write_volatile(8) };
+        assert_eq!(lost.lose(map.at(0), &error, &there), there());
+        map.bring(0, 1).unwrap();
+        // SAFETY: as above.
+        assert_eq!(unsafe { map.address().read_volatile() }, 8, "what was written stays");
     }
 }

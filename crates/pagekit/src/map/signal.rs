@@ -26,7 +26,7 @@ use uffd::Errno;
 
 use super::losses::LONGEST;
 use super::space::put_zeros;
-use super::{table, How, Map};
+use super::{table, How, Map, FORGOTTEN, ORPHANED};
 use crate::error::{Error, Result};
 use crate::page::PAGE;
 use crate::template::LONGEST_WINDOW;
@@ -85,6 +85,11 @@ extern "C" fn on_sigbus(signal: c_int, info: *mut siginfo_t, context: *mut c_voi
     unsafe { *errno = saved };
     if !resolved {
         pass_on(signal, info, context);
+        if map.is_some() {
+            // Whoever was there before is back, and cannot have brought the page: the next try at it
+            // ends the process, instead of coming here again and again.
+            restore_default(signal);
+        }
     }
 }
 
@@ -95,10 +100,11 @@ impl Map {
         if self.how() == How::Signal {
             match catch_unwind(AssertUnwindSafe(|| self.serve(page))) {
                 Ok(Ok(())) => return true,
-                Ok(Err(error)) => self.supply.copied().losses.note(page, &error),
+                Ok(Err(error)) => self.supply.copied().losses.lose(page, &error, || None),
                 Err(_) => {
                     let message = "the source panicked".to_owned();
-                    self.supply.copied().losses.note(page, &Error::Integrity { message });
+                    let error = Error::Integrity { message };
+                    self.supply.copied().losses.lose(page, &error, || None);
                 }
             }
         }
@@ -139,10 +145,10 @@ impl Map {
         line.add(b") cannot be had: ");
         match supply.losses.reason(page) {
             _ if self.ward().is_some_and(|ward| ward.orphaned()) => {
-                line.add(b"the process that served it is gone");
+                line.add(ORPHANED.as_bytes());
             }
             Some(reason) => line.add(reason.text()),
-            None => line.add(b"the reason is not known any more"),
+            None => line.add(FORGOTTEN.as_bytes()),
         }
         line.add(b"\n");
         line.write();
@@ -208,13 +214,9 @@ fn pass_on(signal: c_int, info: *mut siginfo_t, context: *mut c_void) {
             }
             // The default it is: nobody can ignore a touch of nothing. The instruction is tried again
             // when this returns; what was sent is sent again.
-            // SAFETY: plain data, valid for the call.
-            unsafe {
-                let mut default: sigaction = std::mem::zeroed();
-                default.sa_sigaction = libc::SIG_DFL;
-                libc::sigaction(signal, &default, std::ptr::null_mut());
-                libc::raise(signal);
-            }
+            restore_default(signal);
+            // SAFETY: takes no pointer.
+            unsafe { libc::raise(signal) };
         }
         handler if before.sa_flags & libc::SA_SIGINFO != 0 => {
             // SAFETY: installed as a function of this type.
@@ -227,5 +229,14 @@ fn pass_on(signal: c_int, info: *mut siginfo_t, context: *mut c_void) {
             let handler: extern "C" fn(c_int) = unsafe { std::mem::transmute(handler) };
             handler(signal);
         }
+    }
+}
+
+fn restore_default(signal: c_int) {
+    // SAFETY: plain data, valid for the call.
+    unsafe {
+        let mut default: sigaction = std::mem::zeroed();
+        default.sa_sigaction = libc::SIG_DFL;
+        libc::sigaction(signal, &default, std::ptr::null_mut());
     }
 }

@@ -3,6 +3,7 @@
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
 
 use uffd::passing;
 
@@ -16,7 +17,7 @@ const MOST_UNREAD_BYTES: usize = 64 << 20;
 /// A connection, and what waits to be sent.
 #[derive(Debug)]
 pub(super) struct Line {
-    socket: OwnedFd,
+    socket: Arc<OwnedFd>,
     waiting: VecDeque<(Vec<u8>, Option<OwnedFd>)>,
     bytes: usize,
     /// Nothing is sent yet: what is pushed behind shall not be seen before it is true.
@@ -31,7 +32,7 @@ impl Line {
     /// A line that sends nothing before it is uncorked. The socket does not block.
     pub(super) fn corked(socket: OwnedFd) -> Line {
         Line {
-            socket,
+            socket: Arc::new(socket),
             waiting: VecDeque::new(),
             bytes: 0,
             corked: true,
@@ -79,6 +80,11 @@ impl Line {
                 }
             }
         }
+    }
+
+    /// The connection, for waiting: it stays open as long as somebody does.
+    pub(super) fn socket(&self) -> Arc<OwnedFd> {
+        Arc::clone(&self.socket)
     }
 
     /// Whether something waits for room.

@@ -26,6 +26,7 @@ mod seats;
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -135,7 +136,8 @@ impl Listener {
             cut_off: AtomicU64::new(0),
         });
         let running = Arc::clone(&service);
-        let thread = crate::thread::spawn("pk-relay", move || running.run()).map_err(failed)?;
+        let thread = crate::thread::spawn("pk-relay", move || running.keep_running());
+        let thread = thread.map_err(failed)?;
         engine.appoint(Arc::clone(&service) as Arc<dyn Deputy>);
         Ok(Listener { service, thread: Mutex::new(Some(thread)) })
     }
@@ -235,6 +237,14 @@ impl Service {
         let _ = rustix::io::write(&self.wake, &1u64.to_ne_bytes());
     }
 
+    /// Runs the relay. A panic in it is a bug, but must not leave anybody waiting: who is connected, and
+    /// what is open, is known still.
+    fn keep_running(&self) {
+        while catch_unwind(AssertUnwindSafe(|| self.run())).is_err() {
+            self.engine.report("a bug ended the relay; it starts again (please report this)");
+        }
+    }
+
     fn run(&self) {
         let mut visitors: Vec<Visitor> = Vec::new();
         let mut buffer = vec![0; LARGEST];
@@ -278,12 +288,7 @@ impl Service {
                 let Some(line) = &seat.line else { continue };
                 let mut events = PollFlags::IN;
                 events.set(PollFlags::OUT, line.waits());
-                // Another descriptor: the line may be closed while it is looked at.
-                match line.as_fd().try_clone_to_owned() {
-                    Ok(socket) => lines.push((seat.id, socket, events)),
-                    // Out of descriptors, which passes.
-                    Err(_) => due = Some(Instant::now() + Duration::from_millis(10)),
-                }
+                lines.push((seat.id, line.socket(), events));
             }
         }
         let takes = if visitors.len() < MOST_VISITORS { PollFlags::IN } else { PollFlags::empty() };

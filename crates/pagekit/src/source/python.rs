@@ -55,7 +55,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::mpsc::{channel, sync_channel, Receiver, Sender, SyncSender};
-use std::sync::{Mutex, MutexGuard, PoisonError, RwLock};
+use std::sync::{Mutex, PoisonError, RwLock};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -68,6 +68,7 @@ use rustix::process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions};
 use super::{Capabilities, Content, Identity, Source};
 use crate::error::{Error, Result};
 use crate::page::{Run, PAGE};
+use crate::process::Ours;
 use crate::thread;
 
 /// How long a callback may take where nothing else is said.
@@ -131,11 +132,16 @@ pub struct Python {
     timeout: Duration,
     /// The file of the module, hashed.
     module: blake3::Hash,
-    opened_by: u32,
+    running: Ours<Running>,
+    counters: Counters,
+}
+
+/// What a forked copy of our process has no part in.
+#[derive(Debug)]
+struct Running {
     // Dropped before the starter: the helper would not outlive its thread.
     state: Mutex<State>,
     starter: Starter,
-    counters: Counters,
 }
 
 #[derive(Debug)]
@@ -175,26 +181,21 @@ impl Python {
         }
         let starter = Starter::new(function, &serving)?;
         let (helper, module) = first_words(starter.start()?, function, LOADING)?;
+        let state = State { helper: Some(helper), deaths: 0, fatal: BTreeSet::new() };
         Ok(Python {
             function: function.to_owned(),
             size,
             timeout,
             module,
-            opened_by: std::process::id(),
-            state: Mutex::new(State { helper: Some(helper), deaths: 0, fatal: BTreeSet::new() }),
-            starter,
+            running: Ours::new(Running { state: Mutex::new(state), starter }),
             counters: Counters::default(),
         })
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// Another helper in place of one that died.
-    fn start_again(&self) -> Result<Helper> {
+    fn start_again(&self, starter: &Starter) -> Result<Helper> {
         self.counters.restarts.fetch_add(1, Relaxed);
-        match first_words(self.starter.start()?, &self.function, LOADING) {
+        match first_words(starter.start()?, &self.function, LOADING) {
             Ok((helper, module)) if module == self.module => Ok(helper),
             Ok(_) => Err(Error::Integrity {
                 message: format!(
@@ -267,15 +268,6 @@ impl Source for Python {
     }
 
     fn read(&self, offset: u64, buffer: &mut [u8]) -> Result<Content> {
-        if std::process::id() != self.opened_by {
-            return Err(Error::usage(
-                format!(
-                    "callback {} belongs to the process that this one was forked from",
-                    self.function
-                ),
-                "open the source in the process that reads it",
-            ));
-        }
         let run = Run::between(offset / PAGE, (offset + buffer.len() as u64) / PAGE);
         let what = || match run.pages {
             1 => format!("callback {} for page {}", self.function, run.start),
@@ -283,25 +275,25 @@ impl Source for Python {
                 format!("callback {} for pages {} to {}", self.function, run.start, run.end() - 1)
             }
         };
-        let mut state = self.lock();
+        let Running { state, starter } = self.running.get()?;
+        let mut state = state.lock().unwrap_or_else(PoisonError::into_inner);
         let alone = run.pages == 1;
         if let Some(page) = state.fatal.range(run.start..run.end()).next().filter(|_| !alone) {
             return Err(failed(format!("{}: page {page} must be asked for alone", what())));
         }
         let helper = match state.helper.take() {
             Some(helper) => helper,
-            None => self.start_again()?,
+            None => self.start_again(starter)?,
         };
         let asked = Instant::now();
         let answer = helper.ask(offset, buffer, asked + self.timeout);
         self.counters.calls.fetch_add(1, Relaxed);
         self.counters.microseconds.fetch_add(asked.elapsed().as_micros() as u64, Relaxed);
-        if alone {
-            match answer {
-                Err(_) => state.fatal.insert(run.start),
+        let known_as_fatal = alone
+            && match answer {
+                Err(_) => !state.fatal.insert(run.start),
                 Ok(_) => state.fatal.remove(&run.start),
             };
-        }
         let content = match answer {
             Ok(Answer::Bytes) => Ok(Content::Bytes),
             Ok(Answer::Zeros) => Ok(Content::Zero),
@@ -316,9 +308,11 @@ impl Source for Python {
             Ok(Answer::Ready(_) | Answer::Refused(_)) | Err(Trouble::Dead) => {
                 let how = format!("its helper process {}", helper.death());
                 state.deaths += 1;
-                // Whoever ended it may have meant that one; twice in a row is the callback's doing.
+                // Whoever ended it may have meant that one; the second time it is the callback's doing.
                 return Err(match state.deaths {
-                    1 => Error::Unavailable { what: what(), error: io::Error::other(how) },
+                    1 if !known_as_fatal => {
+                        Error::Unavailable { what: what(), error: io::Error::other(how) }
+                    }
                     _ => failed(format!("{}: {how}, as did the one before", what())),
                 });
             }
@@ -345,7 +339,6 @@ struct Starter {
     program: PathBuf,
     wishes: Option<Sender<SyncSender<io::Result<Helper>>>>,
     thread: Option<JoinHandle<()>>,
-    process: u32,
 }
 
 impl Starter {
@@ -359,8 +352,7 @@ impl Starter {
         let named = program.clone();
         let thread = thread::spawn(THREAD, move || start(&named, &arguments, &serving, &wished))
             .map_err(|error| Error::kernel("cannot start a thread", error))?;
-        let process = std::process::id();
-        Ok(Starter { program, wishes: Some(wishes), thread: Some(thread), process })
+        Ok(Starter { program, wishes: Some(wishes), thread: Some(thread) })
     }
 
     fn start(&self) -> Result<Helper> {
@@ -382,8 +374,7 @@ impl Starter {
 impl Drop for Starter {
     fn drop(&mut self) {
         self.wishes = None;
-        // In a forked copy of our process there is no such thread.
-        if let Some(thread) = self.thread.take().filter(|_| self.process == std::process::id()) {
+        if let Some(thread) = self.thread.take() {
             // It cannot have panicked: what it runs is below, and does not.
             let _ = thread.join();
         }
@@ -408,7 +399,6 @@ fn start(
 struct Helper {
     socket: UnixStream,
     process: OwnedFd,
-    started_by: u32,
 }
 
 enum Answer {
@@ -469,7 +459,7 @@ impl Helper {
         command.stdin(Stdio::from(OwnedFd::from(its))).stdout(output);
         let mut child = command.spawn()?;
         match pidfd_open(Pid::from_child(&child), PidfdFlags::empty()) {
-            Ok(process) => Ok(Helper { socket, process, started_by: std::process::id() }),
+            Ok(process) => Ok(Helper { socket, process }),
             Err(error) => {
                 child.kill()?;
                 child.wait()?;
@@ -555,10 +545,7 @@ impl Helper {
 
 impl Drop for Helper {
     fn drop(&mut self) {
-        // A forked copy of our process leaves it to the original.
-        if self.started_by == std::process::id() {
-            self.death();
-        }
+        self.death();
     }
 }
 
@@ -727,6 +714,9 @@ def number(offset, length):
             let error = read(&source, page).unwrap_err();
             assert!(matches!(error, Error::Callback { .. }) && !error.retryable(), "{error}");
             assert!(error.to_string().contains("as did the one before"), "{error}");
+            read(&source, 0).unwrap();
+            // It is known by now.
+            assert!(matches!(read(&source, page), Err(Error::Callback { .. })));
             read(&source, 0).unwrap();
         }
     }

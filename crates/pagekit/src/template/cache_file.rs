@@ -16,6 +16,12 @@
 //!   alias, mapped before the seal, is the last writable view.
 //! - A child of ours would inherit the alias without its registration and make zero pages by reading
 //!   it: the alias is marked MADV_DONTFORK.
+//! - A piece of 2 MiB that is full can be put into a huge page (MADV_COLLAPSE of the alias, Linux ≥ 6.1),
+//!   while forks have it mapped and registered: what a later fork maps costs 0.02 µs a page then, not 0.5
+//!   (`folded` and `second` of `benchmarks/fault.py`). A piece with a hole is refused. It is not done: most
+//!   pieces of a guest's memory have holes, its zeros; and it took 5 ms of the processor a piece, ten times
+//!   that on a busy machine, during which a fork that touches the piece waits: more than all but many
+//!   forks that read nearly everything would save.
 //! - The memory cgroup of *this* process pays for every page of the file, whoever reads it.
 
 use std::ffi::CStr;

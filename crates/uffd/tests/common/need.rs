@@ -64,6 +64,16 @@ pub fn lacking(name: &str) -> bool {
     !support().has(name)
 }
 
+/// Whether the kernel is so new, for mistakes of older ones that no feature tells of; says so if not.
+#[must_use]
+pub fn need_kernel(since: (u32, u32), what: &str) -> bool {
+    let there = running() >= since;
+    if !there {
+        say(what, &format!("right since Linux {}.{}", since.0, since.1));
+    }
+    there
+}
+
 /// The kernel's release, major and minor.
 pub fn running() -> (u32, u32) {
     number(&std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap())
