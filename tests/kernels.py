@@ -608,7 +608,8 @@ def show(results: Sequence[Result]) -> None:
             table.add_row(name, since, *states)
     if table.row_count:
         console_.print(table)
-        console_.print(f"All of them have the other {len(rows) - table.row_count}.")
+    if rows:
+        console_.print(f"Every kernel has the other {len(rows) - table.row_count} features.")
     for result in results:
         name = result.kernel.series
         reasons: dict[str, list[str]] = {}
