@@ -11,6 +11,7 @@ use crate::client::shim::{plan, Listener, Plan};
 use crate::delivery::Delivery;
 pub use crate::door::Address;
 pub use crate::engine::broadcast::Policy;
+pub use crate::engine::Piece;
 use crate::engine::{self, Engine, Target};
 use crate::error::{Error, Result};
 use crate::page::Run;
