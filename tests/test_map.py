@@ -395,6 +395,13 @@ def test_a_handler_that_was_there_before_is_asked_too(memory: Memory, faults: st
     assert "page 17 (at 0x" in done.stderr and "Fatal Python error: Bus error" in done.stderr
 
 
+def test_a_handler_that_mends_nothing_is_asked_once(memory: Memory) -> None:
+    ignores = "import signal; signal.signal(signal.SIGBUS, lambda *_: None)\n"
+    for faults in WAYS:
+        done = run(ignores + RAW, memory.spec, faults)
+        assert (done.returncode, done.stdout) == (-signal.SIGBUS, "before\n"), done.stderr
+
+
 def test_a_bus_error_of_somebody_else_is_not_ours(memory: Memory, tmp_path: Path) -> None:
     code = """
 import mmap
@@ -678,6 +685,7 @@ def test_a_child_that_closes_the_map_is_not_served_any_more(memory: Memory) -> N
     with pagekit.map(memory.spec) as found:
         pid = os.fork()
         if pid == 0:
+            os.close(heard[1])  # so that it ends when the test does
             assert found[0] == page_content(0)[0]
             os.write(said[1], b"1")
             os.read(heard[0], 1)
@@ -685,15 +693,17 @@ def test_a_child_that_closes_the_map_is_not_served_any_more(memory: Memory) -> N
             os.write(said[1], b"2")
             os.read(heard[0], 1)
             os._exit(0)
-        os.read(said[0], 1)
-        until(lambda: found.statistics()["children"] == 1, "the child is served")
-        os.write(heard[1], b"1")
-        os.read(said[0], 1)
-        until(lambda: found.statistics()["children"] == 0, "nobody has it any more")
-        assert found[300 * PAGE - 1] == 0
-        os.write(heard[1], b"2")
-        assert os.waitpid(pid, 0)[1] == 0
-    for number in said + heard:
+        try:
+            os.read(said[0], 1)
+            until(lambda: found.statistics()["children"] == 1, "the child is served")
+            os.write(heard[1], b"1")
+            os.read(said[0], 1)
+            until(lambda: found.statistics()["children"] == 0, "nobody has it any more")
+            assert found[299 * PAGE] == page_content(299)[0]
+        finally:
+            os.close(heard[1])
+            assert os.waitpid(pid, 0)[1] == 0
+    for number in (*said, heard[0]):
         os.close(number)
 
 

@@ -235,7 +235,7 @@ def map(
         faults: who brings a page that is touched. ``"thread"``: a thread of this process.
             ``"signal"``: the thread itself, in a handler of SIGBUS, which is faster; but system
             calls that meet a missing page fail with EFAULT, and a thread that blocks SIGBUS is
-            ended.
+            ended. (Install other handlers of it, :mod:`faulthandler` say, before.)
             ``"auto"`` is ``"thread"``, or loads everything first where there is no userfaultfd.
         page_size: bytes of the memory's own pages: 4096, or 2097152 from the kernel's pool of huge
             pages, which must have room for all of it.

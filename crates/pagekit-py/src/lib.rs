@@ -374,7 +374,7 @@ impl Server {
 
     fn regions(&self, py: Python<'_>, target: u64) -> PyResult<Option<Vec<server::Piece>>> {
         let server = self.get()?;
-        Ok(py.detach(|| server.engine().regions(target)))
+        Ok(py.detach(|| server.regions(target)))
     }
 
     fn wait_idle(&self, py: Python<'_>, seconds: f64) -> PyResult<bool> {

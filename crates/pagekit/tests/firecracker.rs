@@ -563,16 +563,16 @@ fn a_vmm_may_die_at_every_step() {
 
 #[test]
 fn fifty_thousand_regions_are_no_trouble() {
-    const REGIONS: u64 = 50_000;
+    let count = repetitions(50_000);
     let service = service(open("zero:400M", &["pass"], DEADLINE));
     // One mapping, in regions of a page or two, in wild order.
     let uffd = negotiated(Features::EVENT_REMOVE);
-    let mapping = Mapping::anonymous(2 * REGIONS);
+    let mapping = Mapping::anonymous(2 * count);
     uffd.register(mapping.start, mapping.bytes, RegisterMode::MISSING).unwrap();
-    let mut regions: Vec<Region> = (0..REGIONS)
+    let mut regions: Vec<Region> = (0..count)
         .map(|at| {
             let size = (1 + mix(at) % 2) * PAGE;
-            Region { start: mapping.at(2 * at), size, offset: 2 * PAGE * (REGIONS - 1 - at) }
+            Region { start: mapping.at(2 * at), size, offset: 2 * PAGE * (count - 1 - at) }
         })
         .collect();
     regions.sort_by_key(|region| mix(region.start));
@@ -588,13 +588,13 @@ fn fifty_thousand_regions_are_no_trouble() {
     });
     until("it is a target", || service.engine().targets() == 1);
     let taken = began.elapsed();
-    assert!(taken < Duration::from_secs(8), "{taken:?}");
+    assert!(taken < allowed(Duration::from_secs(8)), "{taken:?}");
     for region in regions.iter().step_by(997) {
         assert_eq!(touch(region.start), 0);
     }
     // One too few is registered.
     let _socket = sender.join().unwrap();
-    uffd.unregister(mapping.at(2 * REGIONS - 2), PAGE).unwrap();
+    uffd.unregister(mapping.at(2 * count - 2), PAGE).unwrap();
     let socket = service.connect();
     send(&socket, &message(&regions, PAGE), &[uffd.as_fd()]);
     assert_disconnected(&socket);
@@ -955,7 +955,7 @@ fn a_hundred_thousand_pieces_are_no_trouble() {
         assert_eq!(vmm.touch(mix(step) % PAGES), 0);
     }
     let all = began.elapsed();
-    assert!(all < Duration::from_secs(30), "{given_back:?}, {all:?}");
+    assert!(all < allowed(Duration::from_secs(30)), "{given_back:?}, {all:?}");
     assert_all_counted(service.engine());
 }
 

@@ -85,6 +85,11 @@ extern "C" fn on_sigbus(signal: c_int, info: *mut siginfo_t, context: *mut c_voi
     unsafe { *errno = saved };
     if !resolved {
         pass_on(signal, info, context);
+        if map.is_some() {
+            // Whoever was there before is back, and cannot have brought the page: the next try at it
+            // ends the process, instead of coming here again and again.
+            restore_default(signal);
+        }
     }
 }
 
@@ -209,13 +214,9 @@ fn pass_on(signal: c_int, info: *mut siginfo_t, context: *mut c_void) {
             }
             // The default it is: nobody can ignore a touch of nothing. The instruction is tried again
             // when this returns; what was sent is sent again.
-            // SAFETY: plain data, valid for the call.
-            unsafe {
-                let mut default: sigaction = std::mem::zeroed();
-                default.sa_sigaction = libc::SIG_DFL;
-                libc::sigaction(signal, &default, std::ptr::null_mut());
-                libc::raise(signal);
-            }
+            restore_default(signal);
+            // SAFETY: takes no pointer.
+            unsafe { libc::raise(signal) };
         }
         handler if before.sa_flags & libc::SA_SIGINFO != 0 => {
             // SAFETY: installed as a function of this type.
@@ -228,5 +229,14 @@ fn pass_on(signal: c_int, info: *mut siginfo_t, context: *mut c_void) {
             let handler: extern "C" fn(c_int) = unsafe { std::mem::transmute(handler) };
             handler(signal);
         }
+    }
+}
+
+fn restore_default(signal: c_int) {
+    // SAFETY: plain data, valid for the call.
+    unsafe {
+        let mut default: sigaction = std::mem::zeroed();
+        default.sa_sigaction = libc::SIG_DFL;
+        libc::sigaction(signal, &default, std::ptr::null_mut());
     }
 }

@@ -298,7 +298,7 @@ pub fn assert_poisoned(address: u64) {
 
 /// Looks again and again until it is so; for conditions that announce themselves in no way.
 pub fn until(what: &str, mut condition: impl FnMut() -> bool) {
-    let patience = Instant::now() + PATIENCE;
+    let patience = Instant::now() + allowed(PATIENCE);
     while !condition() {
         assert!(Instant::now() < patience, "never: {what}");
         std::thread::yield_now();
@@ -354,6 +354,14 @@ fn given_time() -> Option<Duration> {
 pub fn repetitions(usual: u64) -> u64 {
     match given_time() {
         Some(_) => usual / 10,
+        None => usual,
+    }
+}
+
+/// What may take so long, and longer where instructions are emulated.
+pub fn allowed(usual: Duration) -> Duration {
+    match given_time() {
+        Some(_) => 20 * usual,
         None => usual,
     }
 }
