@@ -11,7 +11,6 @@ use crate::client::shim::{plan, Listener, Plan};
 use crate::delivery::Delivery;
 pub use crate::door::Address;
 pub use crate::engine::broadcast::Policy;
-pub use crate::engine::Piece;
 use crate::engine::{self, Engine, Target};
 pub use crate::engine::{Piece, TargetId};
 use crate::error::{Error, Result};
