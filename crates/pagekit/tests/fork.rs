@@ -178,3 +178,35 @@ fn a_fork_waits_while_the_server_is_out_of_descriptors() {
         assert_eq!(parent.engine.statistics().reports.len(), 1, "said once");
     });
 }
+
+/// Nobody told which process the child is, so nobody can tell it that the engine stops.
+#[test]
+fn a_child_that_nobody_knows_reads_no_zeros_when_the_engine_stops() {
+    alone("a_child_that_nobody_knows_reads_no_zeros_when_the_engine_stops", || {
+        if !need("POISON") {
+            return;
+        }
+        for name in BOTH {
+            let template = template(64, &[]);
+            let parent = parent(&template, name);
+            let served = &parent.served;
+            let first = first_byte(1);
+            let (told, tell) = rustix::pipe::pipe().unwrap();
+            let child = fork(|| {
+                let mut byte = [0];
+                let before = served.touch(1) == first;
+                // Until the engine has stopped.
+                let woken = rustix::io::read(&told, &mut byte) == Ok(1);
+                before && woken && served.touch(40) == u8::MAX
+            });
+            until("the child has its page", || parent.engine.statistics().demand_faults > 0);
+            parent.engine.stop();
+            rustix::io::write(&tell, &[1]).unwrap();
+            let mut status = 0;
+            // SAFETY: a child of this process.
+            assert_eq!(unsafe { libc::waitpid(child, &raw mut status, 0) }, child);
+            assert!(libc::WIFSIGNALED(status), "{name}: {status:#x}");
+            assert_eq!(libc::WTERMSIG(status), libc::SIGBUS, "{name}");
+        }
+    });
+}

@@ -32,7 +32,7 @@ use uffd::{Cause, Event, MessageBuffer};
 use super::deputy::Happening;
 use super::placement::{Neighbour, QUIET};
 use super::region::RegionMap;
-use super::target::{NewTarget, Target};
+use super::target::{strand, NewTarget, Target};
 use super::{after, Shared, TargetId, Token};
 
 /// Messages read at once: a read costs a system call, a message 32 bytes.
@@ -276,15 +276,10 @@ impl Loop<'_> {
             connection: None,
         };
         let Err(error) = self.shared.add(id, Some(parent.id), child) else { return };
-        let mut fate = "its missing pages are poisoned";
-        if let Ok(uffd) = spare {
-            let poison = |(start, bytes)| poison_missing(&uffd, start, bytes, parent.page_size);
-            if !ranges.ranges().all(poison) {
-                // A kernel that cannot. Were it closed, the child would read zeros.
-                std::mem::forget(uffd);
-                fate = "it waits for ever for pages that it misses";
-            }
-        }
+        let fate = match spare.map(|uffd| strand(uffd, &ranges, parent.page_size)) {
+            Ok(false) => "it waits for ever for pages that it misses",
+            _ => "its missing pages are poisoned",
+        };
         let parent = parent.id;
         self.shared
             .report(&format!("a child of target {parent} cannot be served: {error}; {fate}"));
@@ -373,24 +368,6 @@ impl Loop<'_> {
             self.shared.forget(target.id);
         }
     }
-}
-
-/// Makes all pages of a range raise SIGBUS that are not there; false if the kernel knows no poison
-/// (Linux < 6.6).
-fn poison_missing(uffd: &uffd::Userfaultfd, start: u64, bytes: u64, page_size: u64) -> bool {
-    let (mut at, end) = (start, start + bytes);
-    while at < end {
-        let progress = uffd.poison(at, end - at);
-        at += progress.done as u64;
-        match progress.errno {
-            None => break,
-            Some(Errno::EXIST) => at += page_size,
-            Some(Errno::AGAIN) => std::thread::yield_now(),
-            Some(Errno::INVAL) => return false,
-            Some(_) => break,
-        }
-    }
-    true
 }
 
 /// Whether a read failed because a fork's descriptor found no room. The event is not lost then, nor

@@ -362,7 +362,8 @@ impl Engine {
     }
 
     /// Ends the threads. Targets that still live are not served any more; their clients must have
-    /// been told before.
+    /// been told before. (Those of which nobody knows the process, children that were announced by an
+    /// event alone, could not be: what they miss raises SIGBUS.)
     pub fn stop(&self) {
         self.shared.stopped.store(true, Relaxed);
         self.shared.poke();
@@ -373,7 +374,11 @@ impl Engine {
         }
         self.shared.placement.stop();
         self.shared.workers.stop();
-        self.shared.targets().clear();
+        let targets = std::mem::take(&mut *self.shared.targets());
+        for target in targets.values().filter(|target| target.pidfd().is_none()) {
+            target.strand();
+        }
+        drop(targets);
         self.shared.fewer_targets.notify_all();
     }
 }

@@ -595,6 +595,13 @@ impl Target {
         }
     }
 
+    /// Nobody will serve it any more, and nobody can tell it.
+    pub(super) fn strand(&self) {
+        if let Ok(uffd) = self.uffd.try_clone() {
+            strand(uffd, &self.regions(), self.page_size);
+        }
+    }
+
     /// Nothing can be done for it any more.
     pub(super) fn end(&self, shared: &Shared) {
         self.gone.store(true, Relaxed);
@@ -643,4 +650,33 @@ pub(crate) fn kill(pid: i32, pidfd: impl AsFd) -> Result<bool, String> {
 pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     // A panic while one of these is held leaves plain data in a usable state.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Makes all that is missing in the regions raise SIGBUS. A kernel that cannot (Linux < 6.6): false, and
+/// the descriptor stays open for ever, for if it was closed whoever touches it would read zeros.
+pub(super) fn strand(uffd: Userfaultfd, regions: &RegionMap, page_size: u64) -> bool {
+    let poisoned =
+        regions.ranges().all(|(start, bytes)| poison_missing(&uffd, start, bytes, page_size));
+    if !poisoned {
+        std::mem::forget(uffd);
+    }
+    poisoned
+}
+
+/// Makes all pages of a range raise SIGBUS that are not there; false if the kernel knows no poison
+/// (Linux < 6.6).
+fn poison_missing(uffd: &Userfaultfd, start: u64, bytes: u64, page_size: u64) -> bool {
+    let (mut at, end) = (start, start + bytes);
+    while at < end {
+        let progress = uffd.poison(at, end - at);
+        at += progress.done as u64;
+        match progress.errno {
+            None => break,
+            Some(Errno::EXIST) => at += page_size,
+            Some(Errno::AGAIN) => std::thread::yield_now(),
+            Some(Errno::INVAL) => return false,
+            Some(_) => break,
+        }
+    }
+    true
 }
