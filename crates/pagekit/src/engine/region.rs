@@ -55,9 +55,12 @@ impl Place {
     /// `page`, which belongs here, and what of `along` is in the same piece, on both sides of it. (The
     /// run may be of another page that belonged here, and lie anywhere.)
     pub(crate) fn around(&self, page: u64, along: Run) -> Run {
+        if !along.contains(page) {
+            return Run { start: page, pages: 1 };
+        }
         let first = page - (self.bytes_before / PAGE).min(page);
         let end = page + self.bytes / PAGE;
-        Run::between(along.start.clamp(first, page), along.end().clamp(page + 1, end))
+        Run::between(along.start.max(first), along.end().min(end))
     }
 }
 
