@@ -509,7 +509,7 @@ def boot(
         said, results = place / "console", place / "results"
         kind = pick_accelerator(qemu, kernel.image, wanted=accelerator).name
         command = [
-            *("nice", "-n", "10", qemu.path, "-accel", kind, "-smp", "2", "-m", "2048"),
+            *("nice", "-n", "10", qemu.path, "-accel", kind, "-smp", "2", "-m", "3072"),
             *("-cpu", "host" if kind == "kvm" else "max"),
             *("-machine", "q35,sata=off,smbus=off,usb=off,vmport=off,hpet=off,smm=off"),
             *("-display", "none", "-nodefaults", "-no-user-config", "-no-reboot"),
@@ -608,7 +608,8 @@ def show(results: Sequence[Result]) -> None:
             table.add_row(name, since, *states)
     if table.row_count:
         console_.print(table)
-        console_.print(f"All of them have the other {len(rows) - table.row_count}.")
+    if rows:
+        console_.print(f"Every kernel has the other {len(rows) - table.row_count} features.")
     for result in results:
         name = result.kernel.series
         reasons: dict[str, list[str]] = {}

@@ -14,7 +14,6 @@ import re
 import resource
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import threading
@@ -1023,17 +1022,6 @@ def test_what_travels_by_pickle() -> None:
     assert pickle.loads(pickle.dumps(where)) == where
     assert where.end == 3 * PAGE and PAGE in where and 3 * PAGE not in where
     assert where.offset(PAGE) == PAGE - 100 and "x" not in where
-
-
-def test_the_example(tmp_path: Path) -> None:
-    """examples/userfault.py, as it stands."""
-    example = Path(__file__).parent.parent / "examples" / "userfault.py"
-    process = subprocess.run(
-        [sys.executable, example], capture_output=True, text=True, timeout=PATIENCE
-    )
-    assert process.returncode == 0, process.stderr
-    assert "this is page 7000\n" in process.stdout
-    assert process.stdout.endswith("3 of 16384 pages are there\n")
 
 
 def test_temporary_files_are_mapped_privately() -> None:

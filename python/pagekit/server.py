@@ -165,9 +165,10 @@ class Server:
 
     def regions(self, target: int) -> list[tuple[int, int, int | None]] | None:
         """What belongs where in a living target, by its ``id`` in the statistics: address, bytes,
-        and the first page of the template, or None for zeros; None if there is no such target. It is
-        what the target's events told so far, for looking into what went wrong."""
-        return self._core.regions(target)
+        and the first page of the template, or None for zeros; None if there is no such target. It
+        is what the target's events told so far, for looking into what went wrong."""
+        regions: list[tuple[int, int, int | None]] | None = self._core.regions(target)
+        return regions
 
     def close(self) -> None:
         """Ends the programs that are still attached, and the threads. Closing twice is fine."""

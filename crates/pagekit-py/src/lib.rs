@@ -14,7 +14,7 @@ use pagekit::delivery::Delivery;
 use pagekit::error::Error;
 use pagekit::process::Ours;
 use pagekit::template::replay;
-use pagekit::{engine, server, template, working_set};
+use pagekit::{server, template, working_set};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
@@ -372,9 +372,9 @@ impl Server {
         Ok(serde_json::to_string(&self.get()?.statistics()).unwrap_or_default())
     }
 
-    fn regions(&self, py: Python<'_>, target: u64) -> PyResult<Option<Vec<engine::Piece>>> {
+    fn regions(&self, py: Python<'_>, target: u64) -> PyResult<Option<Vec<server::Piece>>> {
         let server = self.get()?;
-        Ok(py.detach(|| server.engine().regions(target)))
+        Ok(py.detach(|| server.regions(target)))
     }
 
     fn wait_idle(&self, py: Python<'_>, seconds: f64) -> PyResult<bool> {

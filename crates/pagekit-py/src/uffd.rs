@@ -88,10 +88,10 @@ fn refusal(error: impl Into<io::Error>) -> PyErr {
 }
 
 /// Gives up the GIL for `work`, which a handler does.
-fn detached<T: Send>(py: Python<'_>, work: impl FnOnce() -> T + Send) -> T {
+fn detached<T: Send>(py: Python<'_>, open: &Open, work: impl FnOnce(&Open) -> T + Send) -> T {
     let (outcome, waiting) = py.detach(|| {
-        let outcome = work();
-        (outcome, uffd::stall::Waiting::now())
+        let outcome = work(open);
+        (outcome, uffd::stall::Waiting::now(&open.uffd))
     });
     drop(waiting);
     outcome
@@ -142,7 +142,7 @@ impl Userfaultfd {
         work: impl FnOnce(&uffd::Userfaultfd) -> Progress + Send,
     ) -> PyResult<Done> {
         let open = self.get()?;
-        Ok(done(detached(py, move || work(&open.uffd))))
+        Ok(done(detached(py, &open, |open| work(&open.uffd))))
     }
 
     fn change(
@@ -151,7 +151,7 @@ impl Userfaultfd {
         work: impl FnOnce(&uffd::Userfaultfd) -> io::Result<()> + Send,
     ) -> PyResult<()> {
         let open = self.get()?;
-        detached(py, move || work(&open.uffd)).map_err(refusal)
+        detached(py, &open, |open| work(&open.uffd)).map_err(refusal)
     }
 }
 
@@ -368,7 +368,7 @@ impl Userfaultfd {
 
     fn is_alive(&self, py: Python<'_>, address: u64) -> PyResult<bool> {
         let open = self.get()?;
-        Ok(detached(py, || open.uffd.is_alive(address)))
+        Ok(py.detach(|| open.uffd.is_alive(address)))
     }
 
     /// At most `most` events; an empty list when the time is over, none when it is closed.
@@ -385,7 +385,7 @@ impl Userfaultfd {
         };
         let Ok(open) = self.get() else { return Ok(None) };
         loop {
-            match detached(py, || open.read(until, most)).map_err(refusal)? {
+            match detached(py, &open, |open| open.read(until, most)).map_err(refusal)? {
                 Outcome::Events(events) => return Ok(Some(events)),
                 Outcome::Late => return Ok(Some(Vec::new())),
                 Outcome::Closed => return Ok(None),

@@ -12,6 +12,7 @@ use crate::delivery::Delivery;
 pub use crate::door::Address;
 pub use crate::engine::broadcast::Policy;
 use crate::engine::{self, Engine, Target};
+pub use crate::engine::{Piece, TargetId};
 use crate::error::{Error, Result};
 use crate::page::Run;
 use crate::relay;
@@ -185,6 +186,11 @@ impl Server {
     /// The template.
     pub fn template(&self) -> &Arc<Template> {
         &self.template
+    }
+
+    /// What belongs where in a living target, as its events told so far.
+    pub fn regions(&self, target: TargetId) -> Option<Vec<Piece>> {
+        self.engine.regions(target)
     }
 
     /// Waits until no target lives, or the time is over; says whether none does.

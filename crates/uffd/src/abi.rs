@@ -18,7 +18,7 @@
 //! PAGEMAP_SCAN          see [`PmScan`]                                       96
 //! ```
 //!
-//! What Linux 7.3 adds (RWP) is here as its patches have it, and is used behind a probe only.
+//! What Linux 7.3 adds (RWP) is used behind a probe only; its numbers were tried on 7.3.4.
 
 /// Interface version that `UFFDIO_API` must carry.
 pub const UFFD_API: u64 = 0xAA;

@@ -5,7 +5,8 @@
 //!   descriptor. A failed one can: unknown bits give EINVAL and leave the descriptor usable.
 //! - `poll` on a descriptor without `O_NONBLOCK` reports POLLERR: all are opened non-blocking.
 //! - One mapping belongs to one userfaultfd: there is no nesting, and another one gets EBUSY.
-//! - Registering again with fewer modes succeeds and changes nothing; with others it replaces them.
+//! - Registering again with fewer modes succeeds and changes nothing; with others it replaces them. Linux
+//!   7.3 refuses what would take a mode away, with EBUSY: unregister first.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
@@ -181,7 +182,8 @@ impl Userfaultfd {
     ///
     /// # Errors
     /// Nothing is registered then. EINVAL (unaligned, nothing mapped at all, no mode, or memory of a kind
-    /// that has not got it), EBUSY (another userfaultfd owns some of it), EPERM (a shared mapping of a file that may not be written), ENOMEM (the
+    /// that has not got it), EBUSY (another userfaultfd owns some of it, or it has
+    /// modes that are not asked for now, from 7.3 on), EPERM (a shared mapping of a file that may not be written), ENOMEM (the
     /// target is gone).
     pub fn register(&self, start: u64, len: u64, mode: RegisterMode) -> io::Result<Operations> {
         let range = abi::Range { start, len };

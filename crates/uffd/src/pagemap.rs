@@ -6,7 +6,8 @@
 //! - `PAGEMAP_SCAN` (6.7) finds pages by what is true of them, and can write-protect those in the same
 //!   pass: with WP_ASYNC that is the whole of dirty tracking, as no write is lost between the two.
 //! - A page counts as *written* unless it is write-protected: so memory that was never protected is
-//!   written, all of it, empty pages included. Empty pages of hugetlbfs are not.
+//!   written, all of it, empty pages included. Empty pages of hugetlbfs are not. On Linux 7.3 memory that
+//!   is not registered with WP is never written.
 //! - It stops early where its result has no room, and says where: [`Pagemap::scan`] goes on from there.
 //! - EPERM: the caller insisted on WP_ASYNC ([`Scan::only_tracked`]) and met memory without it. The
 //!   manual page does not say so.

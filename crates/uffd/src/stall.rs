@@ -3,15 +3,17 @@
 //!
 //! Nobody can be asked who holds a lock. But `/proc/self/task/*/syscall` says of each thread that it
 //! runs, in which system call it waits, or that it waits in none: and that is what a thread does in a
-//! page fault. So [`Waiting`] says since when somebody waits for the lock, and if that lasts while one
-//! and the same thread stays in a fault, and none runs that could give the lock back, it is no delay.
+//! page fault. So [`Waiting`] says since when a handler waits for the lock, and if that lasts while one
+//! and the same thread stays in a fault, somebody waits for a page of that very userfaultfd, and no
+//! thread runs that could give the lock back, it is no delay.
 //!
 //! The thread in the fault then gets SIGBUS, which ends the process: it could only hang. (Python's
 //! `faulthandler` prints the line that touched the page.) Whoever catches SIGBUS meets SIGABRT next.
 
 use std::fs;
 use std::io::{self, Write as _};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::os::fd::{AsFd, AsRawFd};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
 use std::sync::OnceLock;
 use std::thread::Thread;
 use std::time::{Duration, Instant};
@@ -30,23 +32,28 @@ const SLOTS: usize = 32;
 /// Since when threads wait: nanoseconds on our clock; 0: nobody. No lock, as a process may fork at any
 /// time, and its child must not find one taken.
 static SINCE: [AtomicU64; SLOTS] = [const { AtomicU64::new(0) }; SLOTS];
+/// The descriptors that they handle.
+static HANDLED: [AtomicI32; SLOTS] = [const { AtomicI32::new(-1) }; SLOTS];
 static PARKED: AtomicBool = AtomicBool::new(false);
 static WATCH: OnceLock<Option<Thread>> = OnceLock::new();
 
-/// Somebody waits for a lock, until this is dropped.
+/// A handler waits for a lock, until this is dropped.
 #[derive(Debug)]
 #[must_use]
 pub struct Waiting(Option<usize>);
 
 impl Waiting {
-    /// From now on.
-    pub fn now() -> Waiting {
+    /// The handler of a userfaultfd does, from now on.
+    pub fn now(handled: impl AsFd) -> Waiting {
         let Some(watch) = WATCH.get_or_init(start) else { return Waiting(None) };
         let now = nanoseconds();
         let free = |slot: &AtomicU64| {
             slot.compare_exchange(0, now, Ordering::SeqCst, Ordering::Relaxed).is_ok()
         };
         let slot = SINCE.iter().position(free);
+        if let Some(slot) = slot {
+            HANDLED[slot].store(handled.as_fd().as_raw_fd(), Ordering::SeqCst);
+        }
         if PARKED.swap(false, Ordering::SeqCst) {
             watch.unpark();
         }
@@ -97,7 +104,9 @@ fn watch() {
             std::thread::sleep(PATIENCE - waited);
             continue;
         }
-        seen = match in_a_fault() {
+        // Those who wait for pages of others are theirs, however long that takes.
+        let fault = if ours_are_waited_for() { in_a_fault() } else { None };
+        seen = match fault {
             Some(thread) if thread == seen.0 => (thread, seen.1 + 1, seen.2),
             Some(thread) => (thread, 1, false),
             None => (0, 0, false),
@@ -108,6 +117,22 @@ fn watch() {
         }
         std::thread::sleep(LOOK);
     }
+}
+
+/// Whether somebody waits for a page of a userfaultfd whose handler waits for long.
+fn ours_are_waited_for() -> bool {
+    let long = |slot: &AtomicU64| match slot.load(Ordering::SeqCst) {
+        0 => false,
+        since => Duration::from_nanos(nanoseconds().saturating_sub(since)) >= PATIENCE,
+    };
+    let handled = SINCE.iter().zip(&HANDLED).filter(|(since, _)| long(since));
+    handled.map(|(_, handled)| handled.load(Ordering::SeqCst)).any(|descriptor| {
+        // "total:\t1": threads that wait, whether their message was read or not.
+        let path = format!("/proc/self/fdinfo/{descriptor}");
+        let text = fs::read_to_string(path).unwrap_or_default();
+        let total = text.lines().find_map(|line| line.strip_prefix("total:"));
+        total.is_some_and(|total| total.trim() != "0")
+    })
 }
 
 /// A thread of this process that waits in a page fault, if no other one runs.

@@ -23,6 +23,13 @@ fn tracked(memory: Mapping) -> Registered {
     target
 }
 
+/// Whether memory that is not registered counts as written. It did until 7.3.
+fn plain_is_written() -> bool {
+    let memory = Mapping::anonymous(1);
+    write(memory.start, 1);
+    !scan(&memory, 0, 1, &WRITTEN).is_empty()
+}
+
 const WRITTEN: Scan = Scan {
     all_of: Categories::WRITTEN,
     any_of: Categories::NONE,
@@ -48,7 +55,7 @@ fn what_is_true_of_a_page() {
         // A private page that was written is not the file's any more.
         assert_eq!(categories.contains(Categories::FILE), kind.is_shared(), "{categories:?}");
         assert_eq!(categories.contains(Categories::HUGE), kind.is_huge(), "{categories:?}");
-        assert!(categories.contains(Categories::WRITTEN));
+        assert_eq!(categories.contains(Categories::WRITTEN), plain_is_written());
         let no = Categories::WPALLOWED | Categories::SWAPPED | Categories::PFNZERO;
         assert_eq!(categories & no, Categories::NONE);
         // The same, the other way round: what is not present.
@@ -95,13 +102,16 @@ fn all_of_any_of_and_none_of() {
     let (written, present) = (Categories::WRITTEN, Categories::PRESENT);
     let allowed = Categories::WPALLOWED;
     let none = Categories::NONE;
+    let plain = plain_is_written();
+    let either =
+        |yes: &[(usize, usize)], no: &[(usize, usize)]| if plain { yes } else { no }.to_vec();
     for (all_of, any_of, inverted, expected) in [
-        (written, none, none, vec![(1, 2), (3, 4)]),
+        (written, none, none, either(&[(1, 2), (3, 4)], &[(1, 2)])),
         (written | present, none, none, vec![(1, 2)]),
-        (none, written | present, none, vec![(1, 4)]),
-        (written, none, written, vec![(0, 1), (2, 3)]),
+        (none, written | present, none, either(&[(1, 4)], &[(1, 3)])),
+        (written, none, written, either(&[(0, 1), (2, 3)], &[(0, 1), (2, 4)])),
         (written | present, none, written, vec![(2, 3)]),
-        (none, written | present, written, vec![(0, 3)]),
+        (none, written | present, written, either(&[(0, 3)], &[(0, 4)])),
         (allowed, none, none, vec![(0, 3)]),
         (allowed, none, allowed, vec![(3, 4)]),
         (allowed, written | present, none, vec![(1, 3)]),
@@ -199,7 +209,8 @@ fn what_is_not_mapped_is_passed_over() {
     assert_errno(pagemap.scan(memory.at(3), memory.at(6), &insist), Errno::PERM);
     assert_eq!(numbers(memory, &scan(memory, 3, 6, &tracked)), [(5, 6)], "done until then");
     assert_eq!(numbers(memory, &scan(memory, 3, 6, &protect)), [(5, 6)], "nor is it found then");
-    assert_eq!(numbers(memory, &scan(memory, 3, 6, &WRITTEN)), [(4, 5)]);
+    let plain: &[_] = if plain_is_written() { &[(4, 5)] } else { &[] };
+    assert_eq!(numbers(memory, &scan(memory, 3, 6, &WRITTEN)), plain);
 }
 
 /// Protection that is not asynchronous is found too, but not set: its faults would wait for a handler.
@@ -301,7 +312,8 @@ fn a_kernel_without_it_says_so() {
 }
 
 /// Guard pages (6.13) are seen as such by the pagemap (6.15) and by scans (6.16). Touching one is no
-/// fault that a userfaultfd would be told of; but COPY puts memory there, and the guard is gone.
+/// fault that a userfaultfd would be told of. The zero page does not come there; but COPY puts memory
+/// there, and the guard is gone (7.3 refuses that too).
 #[test]
 fn guard_pages() {
     const GUARD_INSTALL: i32 = 102;
@@ -324,6 +336,11 @@ fn guard_pages() {
     target.assert_silent();
     assert_stopped(uffd.zeropage(memory.at(1), PAGE as u64), 0, Errno::EXIST);
     assert_errno(touch_in_kernel(memory.at(1)), Errno::FAULT);
-    assert_done(uffd.copy(memory.at(1), &page(1)), PAGE);
-    memory.assert_content(1, 1);
+    match uffd.copy(memory.at(1), &page(1)).errno {
+        None => memory.assert_content(1, 1),
+        Some(errno) => {
+            assert_eq!(errno, Errno::EXIST);
+            assert_errno(touch_in_kernel(memory.at(1)), Errno::FAULT);
+        }
+    }
 }

@@ -1,5 +1,4 @@
-//! RWP: a fault at any access to a page that is there (Linux 7.3). Written as its patches describe it, and
-//! skipped where the kernel has not got it.
+//! RWP: a fault at any access to a page that is there (Linux 7.3).
 
 mod common;
 

@@ -1,5 +1,5 @@
 //! RWP_ASYNC: accesses to protected pages resolved by the kernel itself, and read back with PAGEMAP_SCAN
-//! (Linux 7.3). Written as its patches describe it, and skipped where the kernel has not got it.
+//! (Linux 7.3).
 
 mod common;
 

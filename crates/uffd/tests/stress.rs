@@ -15,7 +15,7 @@ use uffd::{Cause, Errno, Event, Features, How, MessageBuffer, RegisterMode, User
 const COUNTING: usize = 3;
 const READING: usize = 2;
 const COPYING: usize = 2;
-const BOUNCES: usize = 4;
+const BOUNCES: usize = 3;
 
 /// The counter in the last bytes of a page, which a copy reaches last.
 fn counter(memory: &Mapping, at: usize) -> &AtomicU64 {
@@ -29,6 +29,18 @@ struct Bounce<'a> {
     from: &'a Mapping,
     to: &'a Mapping,
     protect: bool,
+}
+
+/// Lets all others go when a thread panics: else they would wait for it, and the test would hang.
+struct OnPanic<'a>(&'a Bounce<'a>, [&'a AtomicBool; 2]);
+
+impl Drop for OnPanic<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.1.iter().for_each(|flag| flag.store(true, Ordering::Release));
+            let _ = self.0.uffd.unregister(self.0.to.start, self.0.to.bytes());
+        }
+    }
 }
 
 impl Bounce<'_> {
@@ -81,11 +93,16 @@ fn bounce(kind: Kind, pages: usize, protect: bool) {
         let bounce = Bounce { uffd: &uffd, from, to, protect };
         let (copied, stop) = (AtomicBool::new(false), AtomicBool::new(false));
         std::thread::scope(|scope| {
-            let readers: Vec<_> =
-                (0..READING).map(|_| scope.spawn(|| bounce.read(&stop))).collect();
+            let (bounce, copied, stop) = (&bounce, &copied, &stop);
+            let flags = [copied, stop];
+            let read = move || {
+                let _others = OnPanic(bounce, flags);
+                bounce.read(stop);
+            };
+            let readers: Vec<_> = (0..READING).map(|_| scope.spawn(read)).collect();
             let counters: Vec<_> = (0..COUNTING)
                 .map(|lane| {
-                    let (expected, copied) = (&expected, &copied);
+                    let expected = &expected;
                     scope.spawn(move || {
                         // Different ways through the pages, the same in some rounds: then they race.
                         let step = if round % 2 == 0 { 1 } else { 2 * lane + 1 };
@@ -96,14 +113,17 @@ fn bounce(kind: Kind, pages: usize, protect: bool) {
                             expected[at].fetch_add(1, Ordering::AcqRel);
                             at = (at + step) % pages;
                             counted += 1;
+                            if counted % pages == 0 {
+                                std::thread::yield_now();
+                            }
                         }
                     })
                 })
                 .collect();
             let copiers: Vec<_> = (0..COPYING)
                 .map(|lane| {
-                    let bounce = &bounce;
                     scope.spawn(move || {
+                        let _others = OnPanic(bounce, flags);
                         for at in (lane..pages).step_by(COPYING) {
                             bounce.copy(at);
                             if bounce.protect && at % 3 == 0 {
@@ -139,8 +159,9 @@ fn bounce(kind: Kind, pages: usize, protect: bool) {
 
 #[test]
 fn memory_bounces_while_threads_count_in_it() {
+    let _alone = alone();
     for kind in Kind::ALL {
-        bounce(*kind, if kind.is_huge() { 4 } else { 48 }, false);
+        bounce(*kind, if kind.is_huge() { 4 } else { 24 }, false);
     }
 }
 
@@ -149,8 +170,9 @@ fn and_while_it_is_protected() {
     if !need("WP_HUGETLBFS_SHMEM") {
         return;
     }
+    let _alone = alone();
     for kind in Kind::ALL {
-        bounce(*kind, if kind.is_huge() { 4 } else { 48 }, true);
+        bounce(*kind, if kind.is_huge() { 4 } else { 24 }, true);
     }
 }
 

@@ -27,11 +27,11 @@ it: ``memory[0]``, slicing, comparing, most of NumPy. A handler in the same inte
 gets to run, and both wait for ever. So let faults be handled in another process, by
 :func:`handler_process`; or touch the memory only where the GIL is given up: in ``os.write``,
 ``socket.send``, ``hashlib``, ``zlib``, all given a ``memoryview``. (A system call that touches it
-needs a userfaultfd that was not opened with ``user_mode_only``.) When a call of this module waits
-for the GIL for seconds, while one thread stays in a page fault and no other runs, that is taken for
-what it is: it is said on standard error, and SIGBUS ends the process (``python -X faulthandler``
-shows the line). It is found when the handler is inside a call of this module, which is where
-handlers wait.
+needs a userfaultfd that was not opened with ``user_mode_only``.) When a handler's call waits for
+the GIL for seconds, while a thread stays in a fault that is the handler's and no other thread runs,
+that is taken for what it is: it is said on standard error, and SIGBUS ends the process (``python -X
+faulthandler`` shows the line). It is found when the handler is inside :meth:`read
+<Userfaultfd.read>`, the iteration or an operation, which is where handlers wait.
 
 **Forks.** A child of ``os.fork`` gets a copy of the memory in which missing pages read as zeros,
 unless EVENT_FORK was negotiated and the child's userfaultfd, which comes with the event

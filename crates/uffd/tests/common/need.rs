@@ -169,6 +169,11 @@ impl Held {
         let before = self.knob.as_ref().map_or(0, |(_, before)| *before);
         let wanted = before + self.pages + if self.pages > 0 { SPARE } else { 0 };
         std::fs::write(KNOB, wanted.to_string())?;
+        if value()? < wanted {
+            // Perhaps there is memory enough, in too small pieces.
+            let _ = std::fs::write("/proc/sys/vm/compact_memory", "1");
+            std::fs::write(KNOB, wanted.to_string())?;
+        }
         Ok(value()? >= wanted)
     }
 
