@@ -8,8 +8,26 @@ use rustix::thread::UnshareFlags;
 
 /// Starts a named thread that blocks all signals: they belong to the program around us.
 pub fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> io::Result<JoinHandle<()>> {
+    start(std::thread::Builder::new().name(name.to_owned()), body)
+}
+
+/// The same in a child of a fork, with a small stack. The C library takes the stacks of threads that
+/// were not forked for free, and a program may still use what is on them: a stack that is much smaller
+/// than those is a new one.
+pub(crate) fn spawn_in_a_child(
+    name: &str,
+    body: impl FnOnce() + Send + 'static,
+) -> io::Result<JoinHandle<()>> {
+    const SMALL: usize = 128 << 10;
+    start(std::thread::Builder::new().name(name.to_owned()).stack_size(SMALL), body)
+}
+
+fn start(
+    thread: std::thread::Builder,
+    body: impl FnOnce() + Send + 'static,
+) -> io::Result<JoinHandle<()>> {
     let blocked = BlockedSignals::new();
-    let thread = std::thread::Builder::new().name(name.to_owned()).spawn(body);
+    let thread = thread.spawn(body);
     drop(blocked);
     thread
 }

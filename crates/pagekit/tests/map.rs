@@ -339,7 +339,10 @@ fn threads_fork_while_maps_come_and_go() {
             });
             scope.spawn(|| {
                 for round in 0..8 {
-                    let all = || shuffled(128).all(|page| touch(&map, page) == first_byte(page));
+                    let all = || {
+                        map.check().unwrap();
+                        shuffled(128).all(|page| touch(&map, page) == first_byte(page))
+                    };
                     assert_eq!(child(all), 0, "round {round}");
                 }
             });

@@ -15,7 +15,8 @@
 //!   does the child's children. It does not wait for an answer: until the other end has adopted it, a
 //!   fault waits, and if that never happens the other end of the child's *tie* is closed.
 //! - The tie is a socket whose other end the serving process holds. When it closes, a thread of the child
-//!   poisons what is missing (nobody will bring it), as a fault would wait for ever. That thread holds
+//!   poisons what is missing (nobody will bring it), as a fault would wait for ever; where the kernel
+//!   cannot poison, it maps nothing there, which raises SIGBUS too. That thread holds
 //!   the userfaultfd and the tie in a descriptor table of its own, so that a program that closes all
 //!   descriptors closes neither.
 //! - A child also inherits the other ends of its siblings' ties, which would keep those open when the
@@ -42,7 +43,7 @@ use rustix::process::{getpid, pidfd_open, PidfdFlags};
 use uffd::{passing, Features, RegisterMode, Userfaultfd};
 
 use super::house::House;
-use super::space::{put_zeros, Children};
+use super::space::{put_zeros, Children, Space};
 use super::table::{registry, Registry};
 use super::{How, Lost, Map, Supply};
 use crate::engine::region::RegionMap;
@@ -240,7 +241,8 @@ fn watch(watched: Vec<(&Map, Watched)>) {
             keep_watch(watched);
         }
     };
-    let started = crate::thread::spawn("pk-watch", body).map_err(|error| error.to_string());
+    let started =
+        crate::thread::spawn_in_a_child("pk-watch", body).map_err(|error| error.to_string());
     let own = started.and_then(|_| match receiver.recv() {
         Ok(own) => own.map_err(|errno| errno.to_string()),
         Err(_) => Err("its thread ended".to_owned()),
@@ -296,8 +298,9 @@ impl Watched {
             }
             for part in data {
                 for hole in self.holes(part) {
-                    if !poison(&self.uffd, address(hole.start), hole.bytes()) {
-                        take_away(address(hole.start), hole.bytes());
+                    let (at, bytes) = (address(hole.start), hole.bytes());
+                    if !poison(&self.uffd, at, bytes) && !Space::bar(at, bytes) {
+                        take_away(at, bytes);
                     }
                 }
             }
@@ -344,6 +347,7 @@ fn poison(uffd: &Userfaultfd, start: u64, bytes: u64) -> bool {
     true
 }
 
+/// The last resort: SIGSEGV.
 fn take_away(start: u64, bytes: u64) {
     // SAFETY: memory of a map that nobody serves: whoever touches it must fail.
     let _ = unsafe { mprotect(start as *mut _, bytes as usize, MprotectFlags::empty()) };

@@ -223,7 +223,9 @@ impl Owner for Lost {
             match progress.errno {
                 None if self.here => Some(Stand::Poison),
                 None | Some(Errno::EXIST | Errno::NOENT | Errno::SRCH | Errno::AGAIN) => None,
-                Some(_) if self.here && self.supply.page_size == PAGE && Space::bar(address) => {
+                Some(_)
+                    if self.here && self.supply.page_size == PAGE && Space::bar(address, PAGE) =>
+                {
                     // Who waits there finds it when woken, as where somebody was first.
                     progress.errno = Some(Errno::EXIST);
                     Some(Stand::Nothing)

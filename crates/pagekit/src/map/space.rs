@@ -198,12 +198,12 @@ impl Space {
         self.process.store(process::current(), Relaxed);
     }
 
-    /// Puts a mapping of nothing in the place of a page: touching it raises SIGBUS.
-    pub(super) fn bar(address: u64) -> bool {
+    /// Puts a mapping of nothing in the place of pages: touching it raises SIGBUS. Says whether it did.
+    pub(super) fn bar(address: u64, bytes: u64) -> bool {
         let Ok(nothing) = memfd_create("pagekit-nothing", MemfdFlags::CLOEXEC) else {
             return false;
         };
-        map_page(nothing.as_fd(), address, 0, ProtFlags::READ).is_ok()
+        map_over(nothing.as_fd(), address, bytes, 0, ProtFlags::READ).is_ok()
     }
 
     /// Maps `page` of the template at `address` again, where something stands in its place.
@@ -215,7 +215,7 @@ impl Space {
         address: u64,
     ) -> Result<()> {
         let failed = |error| Error::kernel(format!("cannot map page {page} again"), error);
-        map_page(template.cache().readonly(), address, page * PAGE, ProtFlags::empty())
+        map_over(template.cache().readonly(), address, PAGE, page * PAGE, ProtFlags::empty())
             .map_err(|errno| failed(errno.into()))?;
         uffd.register(address, PAGE, uffd::RegisterMode::MISSING).map_err(failed)?;
         let one = Space {
@@ -239,15 +239,16 @@ impl Drop for Space {
     }
 }
 
-fn map_page(
+fn map_over(
     file: BorrowedFd<'_>,
     address: u64,
+    bytes: u64,
     offset: u64,
     access: ProtFlags,
 ) -> Result<(), Errno> {
     let flags = MapFlags::PRIVATE | MapFlags::NORESERVE | MapFlags::FIXED;
-    // SAFETY: replaces a page of a map that cannot be had, or what stands in for it.
-    unsafe { mmap(address as *mut _, PAGE as usize, access, flags, file, offset) }.map(drop)
+    // SAFETY: replaces pages of a map that cannot be had, or what stands in for them.
+    unsafe { mmap(address as *mut _, bytes as usize, access, flags, file, offset) }.map(drop)
 }
 
 /// Drops one page, or what stands in its place: the next touch finds it anew.
