@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import operator
 from collections.abc import Sequence
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, SupportsIndex, overload
 
+from ._closing import Closing
 from ._native import core
 from .callback import Callback
 from .errors import UsageError
@@ -21,7 +21,7 @@ Faults = Literal["auto", "thread", "signal"]
 _Core: Any = core().Map
 
 
-class Map(_Core):  # type: ignore[misc]
+class Map(_Core, Closing):  # type: ignore[misc]
     """A buffer whose pages arrive as they are touched. Made by :func:`pagekit.map`.
 
     It is a buffer as ``bytes`` is (``bytearray``, if it is writable): ``memoryview(m)``,
@@ -185,17 +185,6 @@ class Map(_Core):  # type: ignore[misc]
         """Closes the map: it can be used no more, but its views can, and are served, until the last
         of them is gone. Then it is unmapped. Closing twice is fine."""
         super()._close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def __reduce_ex__(self, protocol: SupportsIndex, /) -> Any:
         raise TypeError(

@@ -7,9 +7,9 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
+from ._closing import Closing
 from ._native import core
 from .errors import RelayError, UsageError
 
@@ -178,7 +178,7 @@ _SIMPLE: dict[str, type[Fork | Remap | Remove | Unmap | Left]] = {
 }
 
 
-class Relay:
+class Relay(Closing):
     """Connects to ``pagekit serve --relay SOCKET`` as a second handler; iterates over events::
 
         with pagekit.Relay("/run/pk-relay.sock", claim=[(0, 1 << 20)]) as relay:
@@ -315,17 +315,6 @@ class Relay:
             return getattr(self._core, name)(*arguments)
         except OSError as error:
             raise RelayError(f"{self.path}: the relay is over: {error}") from error
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else f"deadline={self.deadline}"

@@ -7,9 +7,9 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
+from ._closing import Closing
 from ._native import core
 from .client import shim_path
 from .errors import UsageError
@@ -40,7 +40,7 @@ class Mount:
     readahead: int = 128 << 10
 
 
-class Server:
+class Server(Closing):
     """Serves a template to every program that comes in by one of the ways that are given.
 
     ``socket`` is for programs that preload the shim, ``firecracker`` for VMMs that hand over a
@@ -173,17 +173,6 @@ class Server:
     def close(self) -> None:
         """Ends the programs that are still attached, and the threads. Closing twice is fine."""
         self._core.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def __repr__(self) -> str:
         ways = {

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
+from ._closing import Closing
 from ._native import core
 from .callback import Callback, source_of
 from .working_set import Recording, Replay, WorkingSet
@@ -15,7 +15,7 @@ PAGE_SIZE = 4096
 """Bytes in a page."""
 
 
-class Template:
+class Template(Closing):
     """An opened stack (a source, and layers around it) with its shared page cache.
 
     A page is fetched once, whoever asks for it, and kept for all forks until :meth:`close`.
@@ -139,17 +139,6 @@ class Template:
     def close(self) -> None:
         """Lets go of the pages, once no server and no fork uses them. Closing twice is fine."""
         self._core.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def __repr__(self) -> str:
         return f"Template({self.spec!r}, layers={self.layers!r})"

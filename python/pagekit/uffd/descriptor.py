@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+from .._closing import Closing
 from .._native import core
 from ..errors import KernelError, PagekitError, PermissionDenied, Unsupported, UsageError
 from .events import Cause, Event, Fault, Fork, Remap, Remove, Unknown, Unmap
@@ -79,7 +80,7 @@ class Registration:
         return f"<Registration of {self.length} bytes at {self.start:#x}>"
 
 
-class Userfaultfd:
+class Userfaultfd(Closing):
     """A userfaultfd of this process, opened and negotiated; a context manager.
 
     Args:
@@ -198,17 +199,6 @@ class Userfaultfd:
                 _quietly(opened.unregister, registration.start, registration.length)
             _release(registration)
         opened.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _native(self) -> Any:
         opened = self._core

@@ -8,6 +8,8 @@
 //! A backend sees pages that are present in the template, in one piece, and a range of the target in
 //! one region; it never waits and never retries.
 
+use std::time::{Duration, Instant};
+
 use uffd::{Errno, Progress, Userfaultfd};
 
 use crate::page::{Run, PAGE};
@@ -15,6 +17,10 @@ use crate::template::cache_file::CacheFile;
 
 pub mod copy;
 pub mod share;
+
+/// How long [`fill_gaps`] tries where it is refused for now: perhaps nobody reads the event any more that
+/// has to be read first.
+const PATIENCE: Duration = Duration::from_secs(1);
 
 /// Most bytes that are zeroed at once: those of a huge page.
 pub const MOST_ZEROS: usize = 2 << 20;
@@ -90,5 +96,66 @@ pub fn settle(
         Some(Errno::NOENT) => Resolution::NotCovered,
         Some(Errno::SRCH) => Resolution::Gone,
         Some(errno) => Resolution::Refused(errno),
+    }
+}
+
+/// Has `fill` (start, bytes) fill what is missing of a range: passes over what is there, and tries again
+/// where it is refused for now. None if all of it is there in the end, else why it is not.
+pub fn fill_gaps(
+    start: u64,
+    bytes: u64,
+    page_size: u64,
+    fill: impl Fn(u64, u64) -> Progress,
+) -> Option<Errno> {
+    let (mut at, end) = (start, start + bytes);
+    let mut refused: Option<Instant> = None;
+    while at < end {
+        let progress = fill(at, end - at);
+        let before = at;
+        at += progress.done as u64;
+        match progress.errno {
+            None => break,
+            Some(Errno::EXIST) => at += page_size,
+            Some(Errno::AGAIN) => {
+                if at > before {
+                    refused = None;
+                } else if refused.get_or_insert_with(Instant::now).elapsed() < PATIENCE {
+                    std::thread::yield_now();
+                } else {
+                    return Some(Errno::AGAIN);
+                }
+            }
+            errno => return errno,
+        }
+    }
+    None
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::cell::RefCell;
+
+    #[test]
+    fn gaps_are_filled_around_what_is_there() {
+        // Page 2 is there; the kernel stops at each other one, and refuses page 4 once.
+        let (filled, refused) = (RefCell::new(Vec::new()), RefCell::new(false));
+        let fill = |start: u64, _| match start / PAGE {
+            2 => Progress { done: 0, errno: Some(Errno::EXIST) },
+            4 if !refused.replace(true) => Progress { done: 0, errno: Some(Errno::AGAIN) },
+            page => {
+                filled.borrow_mut().push(page);
+                Progress { done: PAGE as usize, errno: Some(Errno::AGAIN) }
+            }
+        };
+        assert_eq!(fill_gaps(0, 6 * PAGE, PAGE, fill), None);
+        assert_eq!(*filled.borrow(), [0, 1, 3, 4, 5]);
+    }
+
+    #[test]
+    fn what_cannot_be_filled_ends_it() {
+        let fill = |errno| move |_, _| Progress { done: 0, errno: Some(errno) };
+        assert_eq!(fill_gaps(0, PAGE, PAGE, fill(Errno::INVAL)), Some(Errno::INVAL));
+        assert_eq!(fill_gaps(0, PAGE, PAGE, fill(Errno::AGAIN)), Some(Errno::AGAIN));
     }
 }

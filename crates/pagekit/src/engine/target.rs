@@ -18,7 +18,7 @@ use super::locality::{Locality, Window};
 use super::outcome::Outcome;
 use super::region::{Belongs, RegionMap};
 use super::Shared;
-use crate::backend::{Backend, Resolution};
+use crate::backend::{fill_gaps, Backend, Resolution};
 use crate::error::Error;
 use crate::page::{find, Run, PAGE};
 use crate::template::{Template, Waiter, Want};
@@ -652,31 +652,18 @@ pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Makes all that is missing in the regions raise SIGBUS. A kernel that cannot (Linux < 6.6): false, and
-/// the descriptor stays open for ever, for if it was closed whoever touches it would read zeros.
+/// Makes all that is missing in the regions raise SIGBUS. Where that cannot be done (the kernel: Linux
+/// < 6.6) false, and the descriptor stays open for ever: if it was closed, whoever touches what is missing
+/// would read zeros.
 pub(super) fn strand(uffd: Userfaultfd, regions: &RegionMap, page_size: u64) -> bool {
-    let poisoned =
-        regions.ranges().all(|(start, bytes)| poison_missing(&uffd, start, bytes, page_size));
+    let poison = |at, bytes| uffd.poison(at, bytes);
+    let poisoned = regions.ranges().all(|(start, bytes)| {
+        // Not there any more: nobody reads it.
+        let outcome = fill_gaps(start, bytes, page_size, poison);
+        matches!(outcome, None | Some(Errno::SRCH | Errno::NOENT))
+    });
     if !poisoned {
         std::mem::forget(uffd);
     }
     poisoned
-}
-
-/// Makes all pages of a range raise SIGBUS that are not there; false if the kernel knows no poison
-/// (Linux < 6.6).
-fn poison_missing(uffd: &Userfaultfd, start: u64, bytes: u64, page_size: u64) -> bool {
-    let (mut at, end) = (start, start + bytes);
-    while at < end {
-        let progress = uffd.poison(at, end - at);
-        at += progress.done as u64;
-        match progress.errno {
-            None => break,
-            Some(Errno::EXIST) => at += page_size,
-            Some(Errno::AGAIN) => std::thread::yield_now(),
-            Some(Errno::INVAL) => return false,
-            Some(_) => break,
-        }
-    }
-    true
 }

@@ -46,6 +46,7 @@ use super::house::House;
 use super::space::{put_zeros, Children, Space};
 use super::table::{registry, Registry};
 use super::{How, Lost, Map, Supply};
+use crate::backend::fill_gaps;
 use crate::engine::region::RegionMap;
 use crate::engine::{NewTarget, TargetId};
 use crate::error::{Error, Result};
@@ -332,19 +333,7 @@ impl Watched {
 
 /// Poisons what is not there; false if the kernel cannot.
 fn poison(uffd: &Userfaultfd, start: u64, bytes: u64) -> bool {
-    let (mut at, end) = (start, start + bytes);
-    while at < end {
-        let progress = uffd.poison(at, end - at);
-        at += progress.done as u64;
-        match progress.errno {
-            None => break,
-            Some(Errno::EXIST) => at += PAGE,
-            Some(Errno::AGAIN) if progress.done > 0 => {}
-            Some(Errno::AGAIN) => std::thread::yield_now(),
-            Some(_) => return false,
-        }
-    }
-    true
+    fill_gaps(start, bytes, PAGE, |at, bytes| uffd.poison(at, bytes)).is_none()
 }
 
 /// The last resort: SIGSEGV.

@@ -22,6 +22,7 @@ use rustix::mm::{
 };
 use uffd::Userfaultfd;
 
+use crate::backend::fill_gaps;
 use crate::error::{Error, Result};
 use crate::page::{complement, Run, PAGE};
 use crate::process;
@@ -259,19 +260,8 @@ pub(super) fn drop_page(address: u64) -> Result<(), Errno> {
 
 /// Puts zeros where nothing is.
 pub(super) fn put_zeros(uffd: &Userfaultfd, start: u64, bytes: u64) {
-    let (mut at, end) = (start, start + bytes);
-    while at < end {
-        let progress = uffd.zeropage(at, end - at);
-        at += progress.done as u64;
-        match progress.errno {
-            None => break,
-            Some(Errno::EXIST) => at += PAGE,
-            Some(Errno::AGAIN) if progress.done > 0 => {}
-            Some(Errno::AGAIN) => std::thread::yield_now(),
-            // Unmapped meanwhile: nobody reads it.
-            Some(_) => break,
-        }
-    }
+    // Unmapped meanwhile: nobody reads it.
+    let _ = fill_gaps(start, bytes, PAGE, |at, bytes| uffd.zeropage(at, bytes));
 }
 
 fn no_room(bytes: u64, errno: Errno) -> Error {
