@@ -144,7 +144,8 @@ fn children_that_end_are_forgotten_and_leave_no_descriptor() {
         }
         // They never said who they are, so only the engine's own look can tell.
         until("all are forgotten", || parent.engine.targets() == 1);
-        until("all descriptors are closed", || descriptors() == before);
+        // Fewer, if a thread that was just starting had one open.
+        until("all descriptors are closed", || descriptors() <= before);
         assert_eq!(parent.served.touch(63), expected[63]);
     });
 }
