@@ -488,6 +488,9 @@ fn a_report_to_nobody_does_not_end_the_engine() {
 
 #[test]
 fn stopping_while_faults_wait_ends_the_threads_and_hangs_nobody() {
+    if !need("POISON") {
+        return; // this process would have to be killed
+    }
     let template = template(64, &["delay=100ms"]);
     let (engine, target) = serve(&template, "copy");
     // Held, so that the memory does not turn into zeros when the engine lets go.

@@ -376,7 +376,13 @@ impl Engine {
         self.shared.workers.stop();
         let targets = std::mem::take(&mut *self.shared.targets());
         for target in targets.values().filter(|target| target.pidfd().is_none()) {
-            target.strand();
+            if !target.strand() {
+                self.shared.report(&format!(
+                    "target {} (pid unknown) waits for ever for pages that it misses: this kernel \
+                     cannot poison them",
+                    target.id
+                ));
+            }
         }
         drop(targets);
         self.shared.fewer_targets.notify_all();

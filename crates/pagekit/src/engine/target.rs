@@ -595,11 +595,10 @@ impl Target {
         }
     }
 
-    /// Nobody will serve it any more, and nobody can tell it.
-    pub(super) fn strand(&self) {
-        if let Ok(uffd) = self.uffd.try_clone() {
-            strand(uffd, &self.regions(), self.page_size);
-        }
+    /// Nobody will serve it any more, and nobody can tell it; see [`strand`].
+    pub(super) fn strand(&self) -> bool {
+        let uffd = self.uffd.try_clone();
+        uffd.is_ok_and(|uffd| strand(uffd, &self.regions(), self.page_size))
     }
 
     /// Nothing can be done for it any more.
