@@ -375,7 +375,8 @@ impl Engine {
         self.shared.placement.stop();
         self.shared.workers.stop();
         let targets = std::mem::take(&mut *self.shared.targets());
-        for target in targets.values().filter(|target| target.pidfd().is_none()) {
+        let unknown = |target: &&Arc<Target>| target.parent.is_some() && target.pidfd().is_none();
+        for target in targets.values().filter(unknown) {
             if !target.strand() {
                 self.shared.report(&format!(
                     "target {} (pid unknown) waits for ever for pages that it misses: this kernel \
