@@ -7,7 +7,6 @@ import errno
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from .._closing import Closing
@@ -26,7 +25,7 @@ _MISSING, _WP, _MINOR, _RWP = 1, 2, 4, 8
 _DONT_WAKE, _PROTECTED, _HOLES = 1, 2, 4
 
 
-class Registration:
+class Registration(Closing):
     """Memory that is registered; a context manager, at whose end it is not any more.
 
     The buffer is held meanwhile: it can be neither freed nor resized (``mmap.close`` raises
@@ -65,15 +64,8 @@ class Registration:
         this moment. Nothing happens the second time, and when the userfaultfd is closed."""
         self._uffd._unregister(self)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """The same as :meth:`unregister`, for ``with``."""
         self.unregister()
 
     def __repr__(self) -> str:

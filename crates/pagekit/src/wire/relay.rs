@@ -49,7 +49,7 @@
 //! - Each Fault has exactly one answer. Another one, or one to a fault that there is not, breaks the
 //!   protocol, as does anything that is not in the table: the server says why (Refusal) and hangs up.
 
-use super::shim::numbers;
+use super::{numbers, opened, Malformed};
 use crate::page::{Run, PAGE};
 
 /// First bytes of every message.
@@ -224,20 +224,6 @@ pub enum Message {
     Release,
 }
 
-/// Why bytes are no message.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum Malformed {
-    /// Not of this protocol.
-    #[error("the other end does not speak the relay's protocol")]
-    Foreign,
-    /// Of another build.
-    #[error("the other end speaks version {0} of the relay's protocol, this one {VERSION}")]
-    Version(u8),
-    /// Cut short, too long, or with values that mean nothing.
-    #[error("a message of kind {0} is malformed")]
-    Body(u8),
-}
-
 impl Message {
     /// The message as bytes.
     pub fn encode(&self) -> Vec<u8> {
@@ -308,13 +294,8 @@ impl Message {
     /// # Errors
     /// [`Malformed`]; never anything else, whatever the bytes are.
     pub fn decode(bytes: &[u8]) -> Result<Message, Malformed> {
-        let rest = bytes.strip_prefix(&MAGIC).ok_or(Malformed::Foreign)?;
-        let (version, rest) = rest.split_first().ok_or(Malformed::Foreign)?;
-        if *version != VERSION {
-            return Err(Malformed::Version(*version));
-        }
-        let (kind, body) = rest.split_first().ok_or(Malformed::Foreign)?;
-        decode_body(*kind, body).ok_or(Malformed::Body(*kind))
+        let (kind, body) = opened(bytes, MAGIC, VERSION)?;
+        decode_body(kind, body).ok_or(Malformed::Body(kind))
     }
 }
 
@@ -498,7 +479,10 @@ mod tests {
     fn anything_else_is_malformed() {
         assert_eq!(Message::decode(b""), Err(Malformed::Foreign));
         assert_eq!(Message::decode(b"pgkt\x01\x01"), Err(Malformed::Foreign));
-        assert_eq!(Message::decode(b"pkrl\x09\x01"), Err(Malformed::Version(9)));
+        assert_eq!(
+            Message::decode(b"pkrl\x09\x01"),
+            Err(Malformed::Version { theirs: 9, ours: VERSION })
+        );
         for content in [0, 1, PAGE as usize - 1, PAGE as usize + 1] {
             let answer = Answer::Content(vec![0; content].into());
             let bytes = Message::Answer { fault: 1, answer }.encode();

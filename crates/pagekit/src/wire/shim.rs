@@ -27,6 +27,7 @@
 //! After a fork the child opens a connection of its own, reads its number from the beacon page, and
 //! sends Child. Either end of a connection takes its closing as the end of the other process.
 
+use super::{numbers, opened, Malformed};
 use crate::page::Run;
 
 /// First bytes of every message.
@@ -107,20 +108,6 @@ pub enum Message {
     },
 }
 
-/// Why bytes are no message.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum Malformed {
-    /// Not of this protocol.
-    #[error("the other end does not speak pagekit's protocol")]
-    Foreign,
-    /// Of another build.
-    #[error("the other end speaks version {0} of the protocol, this one {VERSION}: both must come from one installation")]
-    Version(u8),
-    /// Cut short, too long, or with values that mean nothing.
-    #[error("a message of kind {0} is malformed")]
-    Body(u8),
-}
-
 impl Message {
     /// The message as bytes.
     pub fn encode(&self) -> Vec<u8> {
@@ -173,13 +160,8 @@ impl Message {
     /// # Errors
     /// [`Malformed`]; never anything else, whatever the bytes are.
     pub fn decode(bytes: &[u8]) -> Result<Message, Malformed> {
-        let rest = bytes.strip_prefix(&MAGIC).ok_or(Malformed::Foreign)?;
-        let (version, rest) = rest.split_first().ok_or(Malformed::Foreign)?;
-        if *version != VERSION {
-            return Err(Malformed::Version(*version));
-        }
-        let (kind, body) = rest.split_first().ok_or(Malformed::Foreign)?;
-        decode_body(*kind, body).ok_or(Malformed::Body(*kind))
+        let (kind, body) = opened(bytes, MAGIC, VERSION)?;
+        decode_body(kind, body).ok_or(Malformed::Body(kind))
     }
 }
 
@@ -232,18 +214,6 @@ fn decode_body(kind: u8, body: &[u8]) -> Option<Message> {
     })
 }
 
-/// Exactly `N` numbers, and nothing behind them.
-pub(super) fn numbers<const N: usize>(bytes: &[u8]) -> Option<[u64; N]> {
-    if bytes.len() != N * 8 {
-        return None;
-    }
-    let mut numbers = [0; N];
-    for (number, chunk) in numbers.iter_mut().zip(bytes.chunks_exact(8)) {
-        *number = u64::from_ne_bytes(chunk.try_into().ok()?);
-    }
-    Some(numbers)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -279,7 +249,10 @@ mod tests {
     fn anything_else_is_malformed() {
         assert_eq!(Message::decode(b""), Err(Malformed::Foreign));
         assert_eq!(Message::decode(b"GET / HTTP/1.1"), Err(Malformed::Foreign));
-        assert_eq!(Message::decode(b"pgkt\x09\x01"), Err(Malformed::Version(9)));
+        assert_eq!(
+            Message::decode(b"pgkt\x09\x01"),
+            Err(Malformed::Version { theirs: 9, ours: VERSION })
+        );
         let descending = Message::Offer {
             mapping: Mapping::Share,
             fork_events: true,
